@@ -1,0 +1,378 @@
+"""What the scripts share and what changes nothing that is learned: keys, device, checkpoints, logs, the k-NN monitor."""
+
+import argparse
+import difflib
+import io
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import einops
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as to_safetensors
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """A mistake that one sentence explains: a script that was configured prints the sentence and ends with exit code 1."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- keys
+
+
+def configure(script):
+    """Reads --key=value into a script's globals. Returns every key with its value.
+
+    A key is a lower-case global of type bool, int, float, str or tuple; its default gives the type, the comment behind it
+    the meaning. A key not given takes the value of the run that is resumed, else of PRESETS[dataset], else its default.
+    Raises UserError for an out_dir that holds a run, unless it is resumed.
+    """
+    sys.excepthook = explain
+    name = Path(script["__file__"]).stem
+    keys = {k: v for k, v in script.items() if k[0] != "_" and k.islower() and isinstance(v, bool | int | float | str | tuple)}
+    meaning = dict(re.findall(r"^(\w+) = [^#\n]+# (.+)$", Path(script["__file__"]).read_text(encoding="utf-8"), re.M))
+    parser = argparse.ArgumentParser(
+        description=script["__doc__"], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for key, value in keys.items():
+        kind = {bool: true_or_false, tuple: low_high}.get(type(value), type(value))
+        text = f"{meaning.get(key, '')} (default: {value!r})".replace("%", "%%")
+        parser.add_argument(f"--{key}", type=kind, metavar=kind.__name__.upper(), default=argparse.SUPPRESS, help=text)
+    given, unknown = parser.parse_known_args()
+    for word in unknown:
+        near = difflib.get_close_matches(word.lstrip("-").split("=")[0], keys, 1)
+        parser.error(f"unknown key {word}: " + (f"did you mean --{near[0]}?" if near else "--help lists the keys"))
+    given = vars(given)
+
+    dataset = given.get("dataset", keys["dataset"])
+    preset = script["PRESETS"].get(dataset, {})
+    out = Path(given.get("out_dir") or f"out/{name}-{dataset}")
+    config = {**keys, **preset, "out_dir": str(out)}
+    if (out / "config.json").exists() or (out / "ckpt.pt").exists():
+        if not given.get("resume"):
+            raise UserError(f"{out} already holds a run: go on with --resume=True, or give another --out_dir")
+        saved = read_json(out / "config.json")
+        if saved.get("script") != name:
+            raise UserError(f"{out} holds a run of {saved.get('script')}.py, not of {name}.py: give another --out_dir")
+        config |= {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in keys}
+    elif given.get("resume"):
+        raise UserError(f"{out} holds no run to resume (no config.json): leave --resume out, or give its --out_dir")
+    elif preset:
+        words = " ".join(f"--{k}={v}" for k, v in preset.items() if k not in given)
+        print(f"defaults for {dataset}: {words}", flush=True)
+    config |= given
+    for key in ("batch_size", "epochs", "dim", "depth", "heads", "patch_size", "log_every", "eval_every", "save_every"):
+        if config[key] < 1:
+            raise UserError(f"--{key}={config[key]}: it must be at least 1")
+    for key in ("global_scale", "local_scale"):
+        if not 0 < config[key][0] <= config[key][1] <= 1:
+            raise UserError(f"--{key}={config[key]}: it must be two shares of the image's area, 0 < low <= high <= 1")
+    script.update(config)
+    return config
+
+
+def explain(kind, error, trace):
+    if issubclass(kind, UserError):
+        print(f"error: {error}", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("stopped before the first step: nothing to save", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def true_or_false(text):
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+def low_high(text):
+    low, high = (float(part) for part in text.strip("()[] ").split(","))
+    return low, high
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): the run cannot be resumed without it") from None
+
+
+def setup(device, dtype, seed):
+    """Device and autocast context of a run. Raises UserError for what this machine does not have."""
+    torch.manual_seed(seed)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.zeros((), device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device={device} does not work here ({str(error).splitlines()[0]}): try --device=cpu") from None
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype={dtype} is unknown: choose auto, float32 or bfloat16")
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def seed_step(seed, step):
+    """Makes torch's random numbers (drop path) a function of seed and step alone, so that a resumed run is the same run."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, 2, step)).generate_state(1, np.uint64)[0]))
+
+
+def cosine(start, end, step, steps, warmup=0):
+    """Value at `step` of `steps`: linear from 0 to `start` during `warmup` steps, then half a cosine down or up to `end`."""
+    if step < warmup:
+        return start * step / warmup
+    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+
+
+# ------------------------------------------------------------------------------------------------------------------ run
+
+
+class Run:
+    """A run's folder: config.json, log.jsonl, ckpt.pt, curves.png, export/; its progress bar, its end.
+
+    `state` names what a checkpoint holds: modules, the optimizer, tensors. `start` is the first step to do, 0 or where the
+    resumed run stopped. A signal (Ctrl-C, TERM) sets `stop`; the loop ends after its step.
+    """
+
+    def __init__(self, config, steps, state, device):
+        self.config, self.steps, self.state, self.dir = config, steps, state, Path(config["out_dir"])
+        self.script, self.start, self.stop, self.seconds, self.rows = Path(sys.argv[0]).stem, 0, 0, 0.0, []
+        self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        if config["resume"]:
+            self.restore(device)
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        about = {"script": self.script, "git_commit": git.stdout.strip(), "device_name": self.device}
+        about["versions"] = {m.__name__: m.__version__ for m in (torch, np, einops)} | {"python": sys.version.split()[0]}
+        self.write("config.json", json.dumps(config | about, indent=1))
+        self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.bar = tqdm(total=steps, initial=self.start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
+        self.shown, self.clock, self.clock_step = {}, time.time(), self.start
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.stop = number
+        signal.signal(number, signal.SIG_DFL)  # the second one ends it at once
+
+    def write(self, name, content):
+        """Writes a file whole or not at all. Raises UserError when the disk does not take it."""
+        path = self.dir / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(path.name + ".part")
+            with open(part, "wb") as file:
+                file.write(content if isinstance(content, bytes) else content.encode())
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}): what was saved before is whole") from None
+
+    def row(self, step, **values):
+        """What a log row starts with: finite numbers, and the images/s since the last row. Raises UserError for a NaN."""
+        row = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        bad = next((k for k, v in row.items() if not math.isfinite(v)), None)
+        if bad:
+            sound = f"{self.dir}/ckpt.pt holds the last sound step" if (self.dir / "ckpt.pt").exists() else "nothing was saved yet"
+            raise UserError(f"{bad} is {row[bad]} at step {step}; {sound}. A lower --base_lr or --dtype=float32 may help")
+        now = time.time()
+        self.seconds += now - self.clock
+        row["images_per_s"] = (step - self.clock_step) * self.config["batch_size"] / (now - self.clock)
+        self.clock, self.clock_step = now, step
+        return row
+
+    def log(self, step, row):
+        """Adds a row to log.jsonl, with `knn_init` and a new curves.png if it is an evaluation."""
+        row = {"step": step} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+        if "rank" in row:
+            first = next((r["knn_init"] for r in self.rows if "knn_init" in r), row.get("knn"))
+            row |= {} if first is None else {"knn_init": first}
+        self.rows.append(row)
+        try:
+            with open(self.dir / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.dir}/log.jsonl cannot be written ({error.strerror}): what was saved before is whole") from None
+        if "rank" in row and step:
+            self.write("curves.png", curves_picture(self.rows))
+        self.shown |= {k: f"{row[k]:.3g}" for k in ("loss", "images_per_s", "knn") if k in row}
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.clock, self.clock_step = time.time(), step  # evaluations do not count
+
+    def save(self, step, backbone):
+        """ckpt.pt, and export/ with the backbone under timm's names. Raises UserError rather than save a NaN."""
+        state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in self.state.items()}
+        bad = next((name for name, t in backbone.state_dict().items() if not t.isfinite().all()), None)
+        if bad:
+            raise UserError(f"{bad} is not finite at step {step}: not saved, {self.dir}/ckpt.pt, if there, is sound")
+        buffer = io.BytesIO()
+        torch.save({"script": self.script, "step": step, "seconds": self.seconds, "config": self.config, **state}, buffer)
+        self.write("ckpt.pt", buffer.getvalue())
+        c = self.config
+        args = {"img_size": c["image_size"], "patch_size": c["patch_size"], "embed_dim": c["dim"], "depth": c["depth"]}
+        args |= {"num_heads": c["heads"], "num_classes": 0}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
+        self.write("export/model.safetensors", to_safetensors(tensors))
+        self.write("export/config.json", json.dumps({"script": self.script, "step": step, "model_args": args}, indent=1))
+        self.clock = time.time()
+
+    def restore(self, device):
+        """Loads ckpt.pt into `state`, strictly, and drops the log's rows after it."""
+        path = self.dir / "ckpt.pt"
+        if not path.exists():
+            print(f"{path} is not there yet: starting from step 0")
+            return
+        saved = load_checkpoint(path, device)
+        if saved["script"] != self.script:
+            raise UserError(f"{path} was written by {saved['script']}.py, not by {self.script}.py")
+        try:
+            for name, value in self.state.items():
+                value.copy_(saved[name]) if isinstance(value, torch.Tensor) else value.load_state_dict(saved[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            changed = [k for k, v in saved["config"].items() if self.config.get(k) != v and k != "resume"]
+            raise UserError(f"{path} does not fit; keys that differ from its run: {changed} ({str(error).splitlines()[0]})") from None
+        self.start, self.seconds = saved["step"], saved["seconds"]
+        lines = (self.dir / "log.jsonl").read_text().splitlines() if (self.dir / "log.jsonl").exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        self.rows = [row for row in rows if row["step"] <= self.start]
+        print(f"resumed {path} at step {self.start}")
+
+    def finish(self, step):
+        """Closes the bar; prints the results, or how to resume; ends the process when a signal asked for it."""
+        self.bar.close()
+        if self.stop and step < self.steps:
+            print(f"stopped at step {step} and saved; go on with: python {sys.argv[0]} --out_dir={self.dir} --resume=True")
+            sys.exit(128 + self.stop)
+        print(f"\n| {self.script} on {self.config['dataset']} | |\n|---|---|")
+        result = self.rows[-1] | {"minutes of training": self.seconds / 60, "seed": self.config["seed"]}
+        for key, value in result.items():
+            print(f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |")
+        print(f"| device | {self.device} |\n\nin {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")
+
+
+def load_checkpoint(path, device="cpu"):
+    """A run's ckpt.pt as a dict, every byte checked. Raises UserError for anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            broken = archive.testzip()
+        if not broken:
+            saved = torch.load(path, map_location=device, weights_only=True)
+            if isinstance(saved, dict) and {"script", "step", "config"} <= saved.keys():
+                return saved
+    except Exception as error:  # torch and zipfile raise many kinds
+        raise UserError(f"{path} is no whole checkpoint ({str(error).splitlines()[0]})") from None
+    raise UserError(f"{path} is no checkpoint of these scripts" if not broken else f"{path} is damaged (bad checksum in {broken})")
+
+
+# ------------------------------------------------------------------------------------------------- k-NN monitor, meters
+
+
+@torch.no_grad()
+def features(backbone, images, device, autocast, batch_size=500):
+    """[CLS] features float32 [n d] of uint8 images [n 3 s s]."""
+    from data import normalise
+
+    was, out = backbone.training, []
+    backbone.eval()
+    for chunk in images.split(batch_size):
+        with autocast:
+            z = backbone(normalise(chunk.to(device).float() / 255))
+        out.append(z.float())
+    backbone.train(was)
+    return torch.cat(out)
+
+
+def knn(bank, bank_labels, queries, k=20, temperature=0.07):
+    """Weighted k-NN (Wu et al., 1805.01978): features [n d], labels int64 [n], queries [m d] -> classes int64 [m].
+
+    A query's k nearest bank images by cosine vote with weight exp(cosine / temperature).
+    """
+    bank, predictions = F.normalize(bank, dim=1), []
+    for chunk in F.normalize(queries, dim=1).split(1000):
+        similar, nearest = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(chunk), int(bank_labels.max()) + 1, device=bank.device)
+        votes.scatter_add_(1, bank_labels[nearest], (similar / temperature).exp())
+        predictions.append(votes.argmax(1))
+    return torch.cat(predictions)
+
+
+def evaluate(backbone, bank, queries, device, autocast):
+    """One evaluation row: knn (share of the queries that are right, absent without labels), feature_std, rank.
+
+    bank, queries: Split. feature_std is the mean column's std of L2-normalised features times sqrt(d), 1 when they fill the
+    sphere and 0 when they collapse (SimSiam, 2011.10566); rank is RankMe (2210.02885), exp of the entropy of the singular values.
+    """
+    z, row = features(backbone, bank.images, device, autocast), {}
+    if bank.labels is not None:
+        answers = knn(z, bank.labels.to(device), features(backbone, queries.images, device, autocast))
+        row["knn"] = (answers == queries.labels.to(device)).float().mean()
+    z = F.normalize(z[:4096], dim=1)
+    p = torch.linalg.svdvals(z)
+    p = p / p.sum() + 1e-7
+    return row | {"feature_std": z.std(0).mean() * z.shape[1] ** 0.5, "rank": (-(p * p.log()).sum()).exp()}
+
+
+def entropy(p):
+    """Mean entropy in nats of distributions p [... k]; ln k when uniform, 0 when each is one prototype."""
+    return -(p * p.clamp(min=1e-12).log()).sum(-1).mean()
+
+
+def correlation_meters(c):
+    """Mean of the diagonal and mean size off the diagonal of a cross-correlation matrix c [d d]."""
+    diagonal, d = c.diagonal(), len(c)
+    return {"c_diag": diagonal.mean(), "c_off": (c.abs().sum() - diagonal.abs().sum()) / max(d * d - d, 1)}
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def curves_picture(rows):
+    """curves.png: every column of the log against the step, what belongs together in one panel. Returns the file's bytes."""
+    from matplotlib.figure import Figure  # here, for the import takes a second
+
+    panels = {"loss": ["loss", "ce", "cc"], "k-NN accuracy": ["knn", "knn_init"], "teacher entropy, KL": ["teacher_entropy", "kl"]}
+    panels |= {"feature std, C": ["feature_std", "c_diag", "c_off"], "RankMe": ["rank"], "learning rate": ["lr"]}
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axis, (title, keys) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 30 else None)
+        axis.set(title=title, xlabel="step")
+        if axis.lines:
+            axis.legend()
+    return png(figure)
+
+
+def crops_picture(images, views, names):
+    """crops.png: images uint8 [b 3 s s] and their views, a list of [b 3 v v], a column each. Returns the file's bytes."""
+    from matplotlib.figure import Figure
+
+    from data import MEAN, STD
+
+    columns = [images.cpu().float() / 255]
+    columns += [v.cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None] for v in views]
+    figure = Figure(figsize=(1.3 * len(columns), 8), layout="constrained")
+    for j, row in enumerate(figure.subplots(6, len(columns))):
+        for axis, column, name in zip(row, columns, ["image", *names], strict=True):
+            axis.axis("off")
+            if j < len(column):
+                axis.imshow(einops.rearrange(column[j], "c h w -> h w c").clamp(0, 1), extent=(0, column.shape[-1], 0, column.shape[-1]))
+                axis.set(xlim=(0, images.shape[-1]), ylim=(0, images.shape[-1]), title=name if j == 0 else "")
+    return png(figure)

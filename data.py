@@ -1,0 +1,394 @@
+"""Data sets held as one tensor, and multi-crop views made for a whole batch at once, on the device.
+
+A data set is `images` uint8 [n 3 s s] and `labels` int64 [n]. A view is a random crop, flip, colour jitter, grey, blur and
+solarize (BYOL's augmentation, 2006.07733 appendix B, as DINO uses it), every image with its own parameters. All random
+numbers of a step come from numpy's generator seeded with (seed, step, rank), on the CPU: the same step gives the same views
+on every device, and resuming needs no state.
+
+Letters in shapes:  b images  n data set  s image side  v side of a view  i rows or columns of a view, j of an image
+"""
+
+import functools
+import hashlib
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from math import pi
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from tqdm import tqdm
+
+from common import UserError
+
+DATASETS = ("shapes", "cifar10", "cifar100", "folder")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set: one model fits all
+
+
+class Split(NamedTuple):
+    images: torch.Tensor  # uint8 [n 3 s s]
+    labels: torch.Tensor | None  # int64 [n]; None: a flat folder
+    classes: list[str]
+    masks: torch.Tensor | None = None  # uint8 [n s s], 1 on the object; only `shapes` has them
+
+
+def load(dataset, data_dir, image_size, split="train"):
+    """One split, 'train' or 'test', of a data set, every image `image_size` pixels square.
+
+    Raises UserError for an unknown data set, absent or broken files, and a download that fails.
+    """
+    if dataset == "shapes":
+        data = shapes(split)
+    elif dataset in ("cifar10", "cifar100"):
+        data = cifar(dataset, data_dir, split)
+    elif dataset == "folder":
+        return folder(data_dir, image_size, split)
+    else:
+        raise UserError(f"--dataset={dataset} is unknown: choose one of {', '.join(DATASETS)}")
+    if data.images.shape[-1] == image_size:
+        return data
+    masks = None if data.masks is None else resize(data.masks[:, None], image_size, "nearest")[:, 0]
+    return data._replace(images=resize(data.images, image_size, "bilinear"), masks=masks)
+
+
+def resize(images, size, mode):
+    antialias = mode == "bilinear"
+    return torch.cat([F.interpolate(chunk, size=(size, size), mode=mode, antialias=antialias) for chunk in images.split(1024)])
+
+
+def training_split(data, knn_bank, knn_queries, batch_size):
+    """The images to train on, and the k-NN monitor's bank (some of them) and queries, both Split.
+
+    Queries are from a 10 % of the images that is held out of training, the same for every run and seed. Without labels there
+    are no queries and nothing is held out. Raises UserError when a batch is larger than what is left.
+    """
+    n = len(data.images)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(n))
+    held, kept = order[: n // 10], order[n // 10 :]
+    if data.labels is None:
+        print("no class folders, so no labels: training on all images, the k-NN monitor is off")
+        held, kept = order[:0], order
+    if batch_size > len(kept):
+        raise UserError(f"--batch_size={batch_size} is larger than the {len(kept)} images to train on ({n} less what is held out)")
+
+    def part(index):
+        return Split(data.images[index], None if data.labels is None else data.labels[index], data.classes)
+
+    return data.images[kept], part(kept[:knn_bank]), part(held[:knn_queries])
+
+
+# ------------------------------------------------------------------------------------------------------------ data sets
+
+
+def shapes(split, size=32):
+    """12,000 training or 2,000 test images made in seconds: a textured object on a smooth background, with its mask.
+
+    The class is the texture, for it survives crops and colour jitter: stripes (three orientations, two widths), checks
+    (two widths), rings, plain. Outline (disk, square, diamond), place, size, colours and phase are random.
+    """
+    n, seed = {"train": (12_000, 0), "test": (2_000, 1)}[split]
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=g)
+
+    labels = torch.randperm(n, generator=g) % 10
+    label = labels[:, None, None]
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    y, x = y - uniform(11, 21), x - uniform(11, 21)  # [n s s], from the object's centre
+    radius = (y**2 + x**2).sqrt()
+    outlines = torch.stack([radius, torch.maximum(y.abs(), x.abs()) * 1.1, (y.abs() + x.abs()) * 0.8])
+    outline = torch.randint(3, (n,), generator=g)
+    masks = outlines[outline, torch.arange(n)] < uniform(8, 13)
+
+    sign = uniform(-1, 1).sign()  # a mirrored diagonal is the same class
+    along = torch.stack([x, y, (x + sign * y) * 0.5**0.5])[labels % 3, torch.arange(n)]
+    fine = torch.where(label < 6, label < 3, label == 6)
+    turn = 2 * pi / torch.where(fine, 4.0, 8.0) / uniform(0.9, 1.1)
+    phase, phase_y = uniform(0, 2 * pi), uniform(0, 2 * pi)
+    stripes = (turn * along + phase).sin()
+    checks = 2 * (turn * x + phase).sin() * (turn * y + phase_y).sin()
+    rings = (2 * pi / 5 * radius + phase).sin()
+    wave = torch.where(label < 6, stripes, torch.where(label < 8, checks, torch.where(label == 8, rings, 1.0)))
+
+    blend = (wave.clamp(-1, 1)[:, None] + 1) / 2  # [n 1 s s]
+    colour = uniform(0, 1, 3)
+    texture = colour + (((colour + 0.5) % 1) - colour) * blend
+    corner, slope = uniform(0, 1, 3), uniform(-0.5, 0.5, 3, 2)
+    ground = corner + slope[:, :, 0] * y[:, None] / size + slope[:, :, 1] * x[:, None] / size
+    images = torch.where(masks[:, None], texture, ground)
+    images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    names = [f"{width} {a} stripes" for width in ("fine", "coarse") for a in ("vertical", "horizontal", "diagonal")]
+    return Split(images, labels, names + ["fine checks", "coarse checks", "rings", "plain"], masks.to(torch.uint8))
+
+
+def cifar(name, data_dir, split):
+    """CIFAR-10 or -100 by torchvision: a local copy (checksums tested) if `data_dir` holds one, else a download."""
+    from torchvision.datasets import CIFAR10, CIFAR100  # here, for the import takes a second
+
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    try:
+        data = kind(data_dir, train=split == "train")
+    except RuntimeError:  # absent, or a checksum differs
+        socket.setdefaulttimeout(20)
+        try:
+            data = kind(data_dir, train=split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{data_dir}/{kind.base_folder} holds no whole copy of {name}, and its download failed ({error}). Put the "
+                f"unpacked {kind.filename} there (from {kind.url}), or use --dataset=shapes, which needs no files."
+            ) from None
+    images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
+    return Split(images, torch.tensor(data.targets), data.classes)
+
+
+def folder(data_dir, image_size, split):
+    """Photographs of any size in data_dir/train/<class>/*, data_dir/{test,val}/<class>/*, or flat without labels.
+
+    Decoded once, short side resized to `image_size`, centre cropped; kept in data_dir/.cache as one memory-mapped array,
+    made anew when a file's name, size or date changes.
+    """
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(f"--data_dir={data_dir} is no folder: give the one that holds train/<class>/*.jpg")
+    names = ["train"] if split == "train" else ["test", "val"]
+    root = next((root / name for name in names if (root / name).is_dir()), root)
+    if split == "test" and root == Path(data_dir):
+        raise UserError(f"{data_dir} has no test/ or val/ folder")
+    others, paths = 0, []
+    for parent, folders, files in os.walk(root):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        images = [name for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
+        paths += [os.path.join(parent, name) for name in images]
+        others += len(files) - len(images)
+    if not paths:
+        found = f"{others} files, none with an image's name ({' '.join(sorted(SUFFIXES))})" if others else "nothing"
+        raise UserError(f"{root} holds {found}: put images into {root}/<class>/")
+
+    first = [Path(p).relative_to(root).parts for p in paths]
+    flat = all(len(parts) == 1 for parts in first)
+    classes = [] if flat else sorted({parts[0] for parts in first if len(parts) > 1})
+    if split == "test" and (Path(data_dir) / "train").is_dir():  # numbered as in training
+        classes = sorted(f.name for f in (Path(data_dir) / "train").iterdir() if f.is_dir() and not f.name.startswith("."))
+    stray = next((p for p, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes), None)
+    if stray:
+        raise UserError(f"{stray} is in none of the {len(classes)} class folders: move it into one, or make all of them flat")
+    labels = None if flat else torch.tensor([classes.index(parts[0]) for parts in first])
+    return Split(cached(root, paths, image_size), labels, classes)
+
+
+def cached(root, paths, size):
+    """The images at `paths` as one uint8 tensor [n 3 size size] on a memory-mapped file, decoded if it is not there yet."""
+    stamp = "\n".join(f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in paths)
+    file = root.parent / ".cache" / f"{root.name}-{size}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
+    if not file.exists():
+        part = file.with_suffix(f".{os.getpid()}.part")
+        try:
+            file.parent.mkdir(exist_ok=True)
+            array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(paths), 3, size, size))
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside Python's lock
+                decoded = pool.map(functools.partial(decode, size=size), paths)
+                for i, image in enumerate(tqdm(decoded, f"decoding into {file.parent}", len(paths), unit=" images")):
+                    array[i] = image
+            array.flush()
+            os.replace(part, file)
+        except OSError as error:
+            raise UserError(f"the cache {file} cannot be written: {error}") from None
+        finally:
+            part.unlink(missing_ok=True)
+    return torch.from_numpy(np.load(file, mmap_mode="c"))
+
+
+def decode(path, size):
+    """One image file -> uint8 [3 size size]. Raises UserError, naming the file, when it cannot be read whole."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at a half, a quarter or an eighth if that is enough
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    except Exception as error:  # Pillow raises many kinds for broken files
+        raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from None
+    return rearrange(np.asarray(image), "h w c -> c h w")
+
+
+# ---------------------------------------------------------------------------------------------------------------- views
+
+
+class Crop(NamedTuple):
+    """What a view is drawn from: its side in pixels, its share of the image's area, probability of blur and solarize."""
+
+    size: int
+    scale: tuple[float, float]
+    blur: float = 0.0
+    solarize: float = 0.0
+
+
+@functools.lru_cache(maxsize=1)
+def epoch_order(n, seed, epoch):
+    return torch.from_numpy(np.random.default_rng((seed, 0, epoch)).permutation(n))
+
+
+def batch_indices(n, batch_size, seed, step):
+    """Which images step `step` sees, [b]: every epoch a new order, what does not fill a batch left out."""
+    epoch, i = divmod(step, n // batch_size)
+    return epoch_order(n, seed, epoch)[i * batch_size : (i + 1) * batch_size]
+
+
+@torch.no_grad()
+def multi_crop(images, crops, seed, step, rank=0):
+    """Random views of a batch: images uint8 [b 3 s s] -> for each Crop a float tensor [b 3 v v], normalised.
+
+    Crops of one size are made together; about 5,000 images a second in 2 + 6 views on two CPU cores.
+    """
+    rng = np.random.default_rng((seed, 1, step, rank))
+    drawn = [draw(len(images), images.shape[-1], crop, rng) for crop in crops]
+    views = {}
+    for size in {crop.size for crop in crops}:
+        mine = [v for v, crop in enumerate(crops) if crop.size == size]
+        params = {k: torch.cat([drawn[v][k] for v in mine]) for k in drawn[0]}
+        order = rng.permutation(4)  # of the four jitters, one for the batch
+        # in pieces that stay in a CPU core's cache
+        step_size = 64 if images.device.type == "cpu" else len(images) * len(mine)
+        which = torch.arange(len(images)).repeat(len(mine))
+        made = []
+        for piece in torch.arange(len(which)).split(step_size):
+            p = {k: value[piece] for k, value in params.items()}
+            made.append(augment(images[which[piece].to(images.device)], p, order, size))
+        views.update(zip(mine, torch.cat(made).chunk(len(mine)), strict=True))
+    return [views[v] for v in range(len(crops))]
+
+
+def draw(b, side, crop, rng):
+    """The parameters of `b` views, each [b]; an operation that is not drawn gets the value that changes nothing."""
+
+    def uniform(low, high, *shape):
+        return torch.from_numpy(rng.uniform(low, high, (b, *shape)).astype(np.float32))
+
+    def happens(probability):
+        return uniform(0, 1) < probability
+
+    # as torchvision's RandomResizedCrop: ten tries to fit a box of random area and shape, else the whole image
+    area, ratio = side**2 * uniform(*crop.scale, 10), uniform(np.log(3 / 4), np.log(4 / 3), 10).exp()
+    width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (width >= 1) & (width <= side) & (height >= 1) & (height <= side)
+    first = (torch.arange(b), fits.int().argmax(1))
+    width, height = (torch.where(fits.any(1), length[first], float(side)) for length in (width, height))
+    jitter = happens(0.8)
+    return {
+        "left": (uniform(0, 1) * (side - width + 1)).floor().clamp(max=side - width),
+        "top": (uniform(0, 1) * (side - height + 1)).floor().clamp(max=side - height),
+        "width": width,
+        "height": height,
+        "flip": happens(0.5),
+        "brightness": torch.where(jitter, uniform(0.6, 1.4), 1),
+        "contrast": torch.where(jitter, uniform(0.6, 1.4), 1),
+        "saturation": torch.where(jitter, uniform(0.8, 1.2), 1),
+        "hue": torch.where(jitter, uniform(-0.1, 0.1), 0),
+        "grey": happens(0.2),
+        "blur": torch.where(happens(crop.blur), uniform(0.1, 2.0), 0),
+        "solarize": happens(crop.solarize),
+    }
+
+
+def augment(images, p, order, size):
+    """Images uint8 [b 3 s s] and the parameters `p` of draw() -> normalised views [b 3 size size]."""
+    here = {k: value.to(images.device, non_blocking=True) for k, value in p.items()}
+    x = resized_crop(images.float() / 255, here["left"], here["top"], here["width"], here["height"], here["flip"], size)
+    jitters = (brightness, contrast, saturation, hue)
+    for jitter in (jitters[i] for i in order):
+        x = jitter(x, here[jitter.__name__])
+    # operations that few images get; `p` is on the CPU, so that counting them does not wait for the device
+    for operation, flags in ((grey, p["grey"]), (blur, p["blur"] > 0), (solarize, p["solarize"])):
+        if flags.any():
+            some = flags.nonzero()[:, 0].to(x.device, non_blocking=True)
+            x[some] = blur(x[some], here["blur"][some]) if operation is blur else operation(x[some])
+    return normalise(x)
+
+
+def normalise(x):
+    """Float images [b 3 s s] in [0, 1] -> what a ViT sees."""
+    mean, std = (torch.tensor(t, device=x.device)[:, None, None] for t in (MEAN, STD))
+    return (x - mean) / std
+
+
+def resized_crop(x, left, top, width, height, flip, size):
+    """Boxes of float images [b 3 s s] resized to [b 3 size size], bilinear and antialiased, then mirrored where `flip`.
+
+    Two products with matrices of interpolation weights; equal to torchvision's resized_crop(antialias=True).
+    """
+    columns = interpolation(left, width, size, x.shape[-1])
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    rows = interpolation(top, height, size, x.shape[-2])
+    return torch.einsum("b y h, b c h x -> b c y x", rows, torch.einsum("b c h w, b x w -> b c h x", x, columns))
+
+
+def interpolation(start, length, size, side):
+    """[b size side]: the weight of pixel j of a row in pixel i of its piece [start, start + length) resized to `size`."""
+    pixel = torch.arange(side, device=start.device) - start[:, None]  # [b j], from the piece's start
+    scale = (length / size)[:, None, None]
+    centre = (torch.arange(size, device=start.device) + 0.5)[:, None] * scale  # [b i 1]
+    weight = (1 - (pixel[:, None] + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    weight = weight * ((pixel >= 0) & (pixel < length[:, None]))[:, None]
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def luma(x):
+    """[b 3 s s] -> [b 1 s s], ITU-R 601."""
+    return (0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
+
+
+def blend(x, other, factor):
+    return other.lerp(x, factor[:, None, None, None]).clamp_(0, 1)
+
+
+def brightness(x, factor):
+    return (x * factor[:, None, None, None]).clamp_(0, 1)
+
+
+def contrast(x, factor):
+    return blend(x, luma(x).mean((2, 3), keepdim=True), factor)
+
+
+def saturation(x, factor):
+    return blend(x, luma(x), factor)
+
+
+def hue(x, turn):
+    """Turns the hue of [b 3 s s] by `turn` [b] circles, in HSV: f(n) = V - C max(0, min(k, 4 - k, 1)), k = (n + 6H) mod 6."""
+    red, green, blue = x.unbind(1)
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    sixth = torch.where(
+        value == red, green - blue, torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
+    )
+    sixth = sixth / chroma.clamp(min=1e-12) + 6 * turn[:, None, None]
+    k = sixth[:, None] + torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
+    k = k.remainder_(6)
+    return torch.addcmul(value[:, None], chroma[:, None], torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
+
+
+def grey(x):
+    return luma(x).expand_as(x)
+
+
+def solarize(x):
+    return torch.where(x >= 0.5, 1 - x, x)
+
+
+def blur(x, sigma):
+    """Gaussian blur of [b 3 v v] with `sigma` [b] pixels, 13 taps, borders reflected; two matrix products, as a crop is."""
+    size = x.shape[-1]
+    reach = min(6, size - 1)
+    offset = torch.arange(-reach, reach + 1, device=x.device)
+    taps = (-0.5 * (offset / sigma[:, None]) ** 2).softmax(-1)  # [b t]
+    source = (torch.arange(size, device=x.device)[:, None] + offset).abs()  # [i t]
+    source = torch.where(source < size, source, 2 * (size - 1) - source)
+    matrix = torch.einsum("b t, i t j -> b i j", taps, F.one_hot(source, size).float())
+    return torch.einsum("b y h, b c h x -> b c y x", matrix, torch.einsum("b c h w, b x w -> b c h x", x, matrix))
