@@ -124,7 +124,7 @@ def shapes(split, size=32):
     images = torch.where(masks[:, None], texture, ground)
     images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
     names = [f"{width} {a} stripes" for width in ("fine", "coarse") for a in ("vertical", "horizontal", "diagonal")]
-    return Split(images, labels, names + ["fine checks", "coarse checks", "rings", "plain"], masks.to(torch.uint8))
+    return Split(images, labels, [*names, "fine checks", "coarse checks", "rings", "plain"], masks.to(torch.uint8))
 
 
 def cifar(name, data_dir, split):

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import Run, configure, cosine, crops_picture, entropy, evaluate, seed_step, setup
-from common import correlation_meters
+from common import Run, configure, correlation_meters, cosine, crops_picture, entropy, evaluate, seed_step, setup
 from data import Crop, batch_indices, load, multi_crop, training_split
 from vit import ViT
 
@@ -128,17 +127,6 @@ def cross_entropy(pt, zs, tau_s):
     return -torch.einsum("u b k, v b k -> u v", pt, log_ps) / pt.shape[1]
 
 
-def standardise(z):
-    """Columns of z [b d] to mean 0 and standard deviation 1 over the batch; a constant column to 0."""
-    z = z - z.mean(0)
-    return z / (z.square().mean(0) + 1e-6).sqrt()
-
-
-def cross_correlation(z1, z2):
-    """C [d d] of two projections [b d] of the same images."""
-    return standardise(z1).T @ standardise(z2) / len(z1)
-
-
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
     """teacher = momentum * teacher + (1 - momentum) * student, every parameter."""
@@ -234,7 +222,7 @@ if __name__ == "__main__":
                 row |= evaluate(best, bank, queries, device, autocast)
                 # --- method
                 row |= {"teacher_entropy": entropy(pt), "kl": ce - entropy(pt)}
-                row |= correlation_meters(cross_correlation(zs[1], zt[0]))
+                row |= correlation_meters(zs[1], zt[0])
                 # --- end method
             run.log(done, row)
         if done % save_every == 0 or done == steps or run.stop:

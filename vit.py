@@ -31,10 +31,7 @@ class Attention(nn.Module):
 
     def forward(self, x, explicit=False):
         q, k, v = self.project(x)
-        if explicit:
-            out = torch.einsum("b h i j, b h j c -> b h i c", self.weights(x), v)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)
+        out = torch.einsum("b h i j, b h j c -> b h i c", self.weights(x), v) if explicit else F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(out, "b h n c -> b n (h c)"))
 
 

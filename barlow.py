@@ -1,0 +1,188 @@
+"""Barlow Twins: redundancy reduction (Zbontar et al., 2103.03230), with a ViT.
+
+X1, X2 are random views of an image, Z1, Z2 their projections, standardised over the batch:
+
+    C = Z1^T Z2 / B    L = CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D
+
+The division by D is ours. No teacher, no temperatures; AdamW, for LARS collapses with a ViT.
+
+    python barlow.py --dataset=shapes                        five minutes on two CPU cores
+    python barlow.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 pixels
+
+Letters in shapes:  b images  v views  d width of Z or of the ViT
+"""
+
+from itertools import groupby
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from common import Run, configure, correlation_meters, cosine, crops_picture, evaluate, seed_step, setup
+from data import Crop, batch_indices, load, multi_crop, training_split
+from vit import ViT
+
+dataset = "cifar10"  # shapes, cifar10, cifar100 or folder
+data_dir = "data"  # where its files are, or are downloaded to
+out_dir = ""  # where the run writes; empty: out/<script>-<dataset>
+resume = False  # go on with the run in out_dir
+seed = 0  # of weights, order and views
+device = "auto"  # cuda, mps or cpu; auto: the first of them that is here
+dtype = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on a GPU that has it
+compile = False  # torch.compile: a minute slower to start, faster after
+epochs = 100  # passes over the training images
+max_steps = 0  # optimizer steps; 0: as many as epochs make
+batch_size = 256  # images a step
+base_lr = 5e-4  # learning rate at batch_size 256, in proportion to it
+min_lr = 1e-6  # learning rate at the end (cosine)
+warmup_epochs = 10.0  # of a learning rate rising from 0
+wd = 0.04  # weight decay at the start; none on biases and norms
+wd_end = 0.4  # weight decay at the end (cosine)
+grad_clip = 3.0  # largest gradient norm of each parameter tensor; 0: no clipping
+image_size = 32  # pixels, of images and global views
+local_size = 16  # pixels, of local views
+n_local = 0  # local views an image
+global_scale = (0.4, 1.0)  # share of an image's area in a global view
+local_scale = (0.1, 0.4)  # share of an image's area in a local view
+blur = False  # Gaussian blur in the views: for images larger than 32 pixels
+patch_size = 4  # pixels, side of a token
+dim = 192  # width of the ViT
+depth = 12  # blocks
+heads = 3  # attention heads
+drop_path = 0.1  # of the student's last block, rising from 0 at the first
+knn_bank = 10000  # at most so many images in the k-NN monitor's bank
+knn_queries = 1000  # at most so many images it is asked about
+eval_every = 1000  # steps between evaluations
+save_every = 1000  # steps between checkpoints
+log_every = 10  # steps between rows of log.jsonl
+logger = ""  # tensorboard or wandb: rows go there too
+
+# --- method
+lambd = 0.005  # weight of C's off-diagonal
+proj_dim = 1024  # of the projector, D
+# --- end method
+
+PRESETS = {  # what a data set changes in the defaults
+    "shapes": dict(dim=64, depth=3, heads=2, max_steps=400, warmup_epochs=1.0, eval_every=100, save_every=100, knn_bank=5000)
+    | dict(proj_dim=256)
+}
+
+
+def projector(dim):
+    """Barlow Twins' projector. x [n d] -> z [n proj_dim]."""
+    hidden = (nn.Linear(dim, proj_dim, bias=False), nn.BatchNorm1d(proj_dim, track_running_stats=False), nn.ReLU())
+    more = (nn.Linear(proj_dim, proj_dim, bias=False), nn.BatchNorm1d(proj_dim, track_running_stats=False), nn.ReLU())
+    return nn.Sequential(*hidden, *more, nn.Linear(proj_dim, proj_dim, bias=False))
+
+
+class Network(nn.Module):
+    """ViT and projector. Views, a list of [b 3 s s] -> Z [v b d]; views of one size go through the ViT together."""
+
+    def __init__(self, drop_path):
+        super().__init__()
+        self.backbone = ViT(image_size, patch_size, dim, depth, heads, drop_path)
+        self.projector = projector(dim)
+
+    def forward(self, views):
+        same_size = [torch.cat(list(group)) for _, group in groupby(views, key=lambda x: x.shape[-1])]
+        features = torch.cat([self.backbone(x) for x in same_size])
+        return rearrange(self.projector(features), "(v b) d -> v b d", v=len(views))
+
+
+def standardise(z):
+    """Columns of z [b d] to mean 0 and standard deviation 1 over the batch; a constant column to 0."""
+    z = z - z.mean(0)
+    return z / (z.square().mean(0) + 1e-6).sqrt()
+
+
+def cross_correlation_loss(z1, z2, lambd):
+    """CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D of two projections [b d] of the same images."""
+    b, d = z1.shape
+    c = standardise(z1).T @ standardise(z2) / b
+    on_diagonal = (1 - c.diagonal()).square().sum()
+    off_diagonal = (c - c.diagonal().diag()).square().sum()
+    return (on_diagonal + lambd * off_diagonal) / d
+
+
+@torch.no_grad()
+def clip_gradients(parameters, largest):
+    """Scales every gradient whose norm is above `largest` down to it, each tensor alone, as DINO does."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    scale = [(largest / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(grads)]
+    torch._foreach_mul_(grads, scale)
+
+
+def parameter_groups(model):
+    """Weight decay for matrices, none for biases and norms."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    return [{"params": decayed}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+
+
+if __name__ == "__main__":
+    config = configure(globals())  # from here on every key has its final value
+    device, autocast = setup(device, dtype, seed)
+    data = load(dataset, data_dir, image_size)
+    images, bank, queries = training_split(data, knn_bank, knn_queries, batch_size)
+    images = images.to(device)
+    steps_per_epoch = len(images) // batch_size
+    steps = max_steps or epochs * steps_per_epoch
+    crops = [Crop(image_size, global_scale, blur=1.0 * blur), Crop(image_size, global_scale, blur=0.1 * blur, solarize=0.2)]
+    crops += [Crop(local_size, local_scale, blur=0.5 * blur)] * n_local
+
+    # --- method
+    student = Network(drop_path).to(device)
+    pairs = [(u, v) for v in range(len(crops)) for u in range(min(v, 2))]  # one of the two is global
+    state = {"student": student}
+    best = student.backbone  # the one to evaluate and to keep
+    # --- end method
+
+    optimizer = torch.optim.AdamW(parameter_groups(student), lr=base_lr, weight_decay=wd, fused=True)
+    run = Run(config, steps, state | {"optimizer": optimizer}, device)
+    if run.start == 0:
+        names = [f"{'global' if crop.size == image_size else 'local'} {v + 1}" for v, crop in enumerate(crops)]
+        sample = images[batch_indices(len(images), batch_size, seed, 0).to(device)[:6]]
+        run.write("crops.png", crops_picture(sample, multi_crop(sample, crops, seed, 0), names))
+        run.log(0, {"epoch": 0} | evaluate(best, bank, queries, device, autocast))
+    if compile:
+        for module in state.values():
+            module.compile()
+
+    for step in range(run.start, steps):
+        seed_step(seed, step)
+        epoch = step / steps_per_epoch
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch)
+        optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)
+        batch = images[batch_indices(len(images), batch_size, seed, step).to(device)]
+        views = multi_crop(batch, crops, seed, step)
+
+        # --- method
+        with autocast:
+            z = student(views)
+        z = z.float()
+        cc = torch.stack([cross_correlation_loss(z[u], z[v], lambd) for u, v in pairs]).mean()
+        loss, parts = cc, {"cc": cc}
+        # --- end method
+
+        optimizer.zero_grad()
+        loss.backward()
+        if grad_clip:
+            clip_gradients(student.parameters(), grad_clip)
+        optimizer.step()
+
+        done = step + 1
+        run.bar.update()
+        evaluate_now = done % eval_every == 0 or done == steps
+        if done % log_every == 0 or evaluate_now:
+            row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"])
+            if evaluate_now:
+                row |= evaluate(best, bank, queries, device, autocast)
+                # --- method
+                row |= correlation_meters(z[0], z[1])
+                # --- end method
+            run.log(done, row)
+        if done % save_every == 0 or done == steps or run.stop:
+            run.save(done, best)
+        if run.stop:
+            break
+    run.finish(done)
