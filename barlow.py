@@ -63,8 +63,8 @@ proj_dim = 1024  # of the projector, D
 # --- end method
 
 PRESETS = {  # what a data set changes in the defaults
-    "shapes": dict(dim=64, depth=3, heads=2, max_steps=400, warmup_epochs=1.0, eval_every=100, save_every=100, knn_bank=5000)
-    | dict(proj_dim=256)
+    "shapes": dict(dim=64, depth=3, heads=2, max_steps=300, base_lr=2e-3, warmup_epochs=0.5, eval_every=50, save_every=100)
+    | dict(knn_bank=5000, proj_dim=256)
 }
 
 
@@ -175,11 +175,11 @@ if __name__ == "__main__":
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:
             row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"])
+            # --- method
+            row |= correlation_meters(z[0], z[1])
+            # --- end method
             if evaluate_now:
                 row |= evaluate(best, bank, queries, device, autocast)
-                # --- method
-                row |= correlation_meters(z[0], z[1])
-                # --- end method
             run.log(done, row)
         if done % save_every == 0 or done == steps or run.stop:
             run.save(done, best)

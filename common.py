@@ -163,7 +163,8 @@ class Run:
         self.write("config.json", json.dumps(config | about, indent=1))
         self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         self.bar = tqdm(total=steps, initial=self.start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
-        self.shown, self.clock, self.clock_step = {}, time.time(), self.start
+        self.shown, self.clock, self.clock_step, self.warned = {}, time.time(), self.start, False
+        self.report = other_logger(config)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
 
@@ -211,6 +212,11 @@ class Run:
             raise UserError(f"{self.dir}/log.jsonl cannot be written ({error.strerror}): what was saved before is whole") from None
         if "rank" in row and step:
             self.write("curves.png", curves_picture(self.rows))
+        self.report(row)
+        warning = "" if self.warned else collapse(self.rows, self.steps, self.config)
+        if warning:
+            self.warned = True
+            self.bar.write(f"warning at step {step}: {warning}")
         self.shown |= {k: f"{row[k]:.3g}" for k in ("loss", "images_per_s", "knn") if k in row}
         self.bar.set_postfix(self.shown, refresh=False)
         self.clock, self.clock_step = time.time(), step  # evaluations do not count
@@ -264,6 +270,27 @@ class Run:
         for key, value in result.items():
             print(f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |")
         print(f"| device | {self.device} |\n\nin {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")
+
+
+def other_logger(config):
+    """What takes a row of log.jsonl to where `logger` says. Raises UserError for a logger that is unknown or not installed."""
+    name, out_dir = config["logger"], config["out_dir"]
+    if name not in ("", "tensorboard", "wandb"):
+        raise UserError(f"--logger={name} is unknown: choose tensorboard or wandb, or leave it out")
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(out_dir)
+            return lambda row: [writer.add_scalar(key, value, row["step"]) for key, value in row.items()]
+        if name == "wandb":
+            import wandb
+
+            wandb.init(project="dino-twins", name=Path(out_dir).name, dir=out_dir, config=config)
+            return lambda row: wandb.log(row, step=row["step"])
+    except ImportError:
+        raise UserError(f"--logger={name} needs a package that is not here: pip install {name}") from None
+    return lambda row: None
 
 
 def load_checkpoint(path, device="cpu"):
@@ -331,6 +358,25 @@ def evaluate(backbone, bank, queries, device, autocast):
 def entropy(p):
     """Mean entropy in nats of distributions p [... k]; ln k when uniform, 0 when each is one prototype."""
     return -(p * p.clamp(min=1e-12).log()).sum(-1).mean()
+
+
+def collapse(rows, steps, config):
+    """One sentence when the last rows, 4 % of the run and two at least, all show features that collapse, else an empty one."""
+    window = [r for r in rows if "loss" in r][-max(2, steps // (25 * config["log_every"])) :]
+
+    def always(key, low, high):
+        return len(window) > 1 and all(low <= row.get(key, math.inf) <= high for row in window)
+
+    uniform = math.log(config.get("out_dim", 2))
+    if always("teacher_entropy", 0.99 * uniform, uniform + 1):
+        return f"the teacher is uniform over the prototypes (teacher_entropy is ln out_dim = {uniform:.3f}): sharpen it, tau_t < tau_s"
+    if always("teacher_entropy", 0, 0.01 * uniform):
+        return "the teacher puts every image on one prototype (teacher_entropy is 0): is centering on?"
+    if always("ce", 0.99 * uniform, 1.01 * uniform):
+        return f"ce is stuck at ln out_dim = {uniform:.3f}, the loss of a student that knows nothing"
+    if rows[-1].get("feature_std", 1) < 0.02:
+        return f"all images have the same features (feature_std is {rows[-1]['feature_std']:.2g})"
+    return ""
 
 
 def correlation_meters(z1, z2):

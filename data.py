@@ -89,7 +89,8 @@ def shapes(split, size=32):
     """12,000 training or 2,000 test images made in seconds: a textured object on a smooth background, with its mask.
 
     The class is the texture, for it survives crops and colour jitter: stripes (three orientations, two widths), checks
-    (two widths), rings, plain. Outline (disk, square, diamond), place, size, colours and phase are random.
+    (two widths), rings, plain. Outline (disk, square, diamond), place, size, colours and phase are random. Strong tints would
+    be what a small ViT learns instead, so colours are greys with a tint of at most 0.15.
     """
     n, seed = {"train": (12_000, 0), "test": (2_000, 1)}[split]
     g = torch.Generator().manual_seed(seed)
@@ -104,7 +105,7 @@ def shapes(split, size=32):
     radius = (y**2 + x**2).sqrt()
     outlines = torch.stack([radius, torch.maximum(y.abs(), x.abs()) * 1.1, (y.abs() + x.abs()) * 0.8])
     outline = torch.randint(3, (n,), generator=g)
-    masks = outlines[outline, torch.arange(n)] < uniform(8, 13)
+    masks = outlines[outline, torch.arange(n)] < uniform(10, 15)
 
     sign = uniform(-1, 1).sign()  # a mirrored diagonal is the same class
     along = torch.stack([x, y, (x + sign * y) * 0.5**0.5])[labels % 3, torch.arange(n)]
@@ -117,9 +118,9 @@ def shapes(split, size=32):
     wave = torch.where(label < 6, stripes, torch.where(label < 8, checks, torch.where(label == 8, rings, 1.0)))
 
     blend = (wave.clamp(-1, 1)[:, None] + 1) / 2  # [n 1 s s]
-    colour = uniform(0, 1, 3)
-    texture = colour + (((colour + 0.5) % 1) - colour) * blend
-    corner, slope = uniform(0, 1, 3), uniform(-0.5, 0.5, 3, 2)
+    dark, light = uniform(0.1, 0.3, 1) + uniform(-0.15, 0.15, 3), uniform(0.7, 0.9, 1) + uniform(-0.15, 0.15, 3)
+    texture = dark + (light - dark) * blend
+    corner, slope = uniform(0.4, 0.6, 1) + uniform(-0.15, 0.15, 3), uniform(-0.3, 0.3, 1, 2)
     ground = corner + slope[:, :, 0] * y[:, None] / size + slope[:, :, 1] * x[:, None] / size
     images = torch.where(masks[:, None], texture, ground)
     images = (images.clamp(0, 1) * 255).round().to(torch.uint8)

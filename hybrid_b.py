@@ -83,8 +83,8 @@ head = "shared"  # both losses on one Z; two: CC has a Barlow projector of its o
 proj_dim = 512  # of that projector
 
 PRESETS = {  # what a data set changes in the defaults
-    "shapes": dict(dim=64, depth=3, heads=2, n_local=2, max_steps=400, warmup_epochs=1.0, eval_every=100, save_every=100, knn_bank=5000)
-    | dict(hidden_dim=512, bottleneck_dim=128, out_dim=128, tau_t_warmup_epochs=1.0, ema=0.99)
+    "shapes": dict(dim=64, depth=3, heads=2, max_steps=300, base_lr=2e-3, warmup_epochs=0.5, eval_every=50, save_every=100)
+    | dict(knn_bank=5000, n_local=2, hidden_dim=512, bottleneck_dim=128, out_dim=128, tau_t_warmup_epochs=1.0, ema=0.5, alpha=20.0)
 }
 
 
@@ -223,11 +223,12 @@ if __name__ == "__main__":
         views = multi_crop(batch, crops, seed, step)
 
         # --- method
-        tau = tau_t if epoch >= tau_t_warmup_epochs else tau_t_start + (tau_t - tau_t_start) * epoch / tau_t_warmup_epochs
+        warm = tau_t < tau_s and epoch < tau_t_warmup_epochs
+        tau = tau_t_start + (tau_t - tau_t_start) * epoch / tau_t_warmup_epochs if warm else tau_t
         with autocast:
             (zs, ys), (zt, _) = student(views[:-1]), teacher(views[-1:])
         zs, zt, ys = zs.float(), zt.float(), ys.float()
-        pt = ((zt - center) / (tau if tau_t < tau_s else tau_t)).softmax(-1)  # [1 b k]
+        pt = ((zt - center) / tau).softmax(-1)  # [1 b k]
         ce = cross_entropy(pt, zs, tau_s).mean()
         others = range(1, len(zs) if cc_local else 2)
         cc = torch.stack([cross_correlation_loss(ys[0], ys[v], lambd) for v in others]).mean()
@@ -244,7 +245,7 @@ if __name__ == "__main__":
         # --- end method
         optimizer.step()
         # --- method
-        update_teacher(teacher, student, cosine(ema, ema_end, step, steps))
+        update_teacher(teacher, student, cosine(ema, ema_end, step, steps) if ema else 0.0)
         if centering:
             center.lerp_(zt.mean((0, 1)), 1 - center_momentum)
         # --- end method
@@ -254,12 +255,12 @@ if __name__ == "__main__":
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:
             row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"])
+            # --- method
+            row |= {"teacher_entropy": entropy(pt), "kl": ce - entropy(pt)}
+            row |= correlation_meters(ys[0], ys[1])
+            # --- end method
             if evaluate_now:
                 row |= evaluate(best, bank, queries, device, autocast)
-                # --- method
-                row |= {"teacher_entropy": entropy(pt), "kl": ce - entropy(pt)}
-                row |= correlation_meters(ys[0], ys[1])
-                # --- end method
             run.log(done, row)
         if done % save_every == 0 or done == steps or run.stop:
             run.save(done, best)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
+from common import UserError
+
 
 class Attention(nn.Module):
     def __init__(self, dim, heads):
@@ -85,13 +87,13 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """ViT-Ti/4 for 32-pixel images by default: 192 wide, 12 deep, 3 heads, 5.4 M parameters.
 
-    Raises ValueError when `patch_size` does not divide an image's side, or `heads` does not divide `dim`.
+    Raises UserError when `patch_size` does not divide an image's side, or `heads` does not divide `dim`.
     """
 
     def __init__(self, image_size=32, patch_size=4, dim=192, depth=12, heads=3, drop_path=0.0):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"dim={dim} cannot be split into heads={heads} equal parts")
+            raise UserError(f"dim={dim} cannot be split into heads={heads} equal parts")
         check_size(image_size, patch_size)
         self.patch_size, self.dim = patch_size, dim
         self.patch_embed = PatchEmbed(patch_size, dim)
@@ -144,11 +146,11 @@ class ViT(nn.Module):
 
 
 def check_size(size, patch_size):
-    """Raises ValueError, naming the nearest sizes that work, unless patch_size divides size."""
+    """Raises UserError, naming the nearest sizes that work, unless patch_size divides size."""
     if size % patch_size or size < patch_size:
         below = size // patch_size * patch_size
         near = " or ".join(str(s) for s in (below, below + patch_size) if s)
-        raise ValueError(f"an image size of {size} is not a multiple of patch_size={patch_size}: try {near}")
+        raise UserError(f"an image size of {size} is not a multiple of patch_size={patch_size}: try {near}")
 
 
 def init_weights(module):
