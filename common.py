@@ -30,6 +30,9 @@ class UserError(ValueError):
 # ----------------------------------------------------------------------------------------------------------------- keys
 
 
+CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "head": ("shared", "two"), "logger": ("", "tensorboard", "wandb")}
+
+
 def configure(script):
     """Reads --key=value into a script's globals. Returns every key with its value.
 
@@ -37,6 +40,8 @@ def configure(script):
     the meaning. A key not given takes the value of the run that is resumed, else of PRESETS[dataset], else its default.
     Raises UserError for an out_dir that holds a run, unless it is resumed.
     """
+    from vit import check_size
+
     sys.excepthook = explain
     name = Path(script["__file__"]).stem
     keys = {k: v for k, v in script.items() if k[0] != "_" and k.islower() and isinstance(v, bool | int | float | str | tuple)}
@@ -74,6 +79,11 @@ def configure(script):
     for key in ("batch_size", "epochs", "dim", "depth", "heads", "patch_size", "log_every", "eval_every", "save_every"):
         if config[key] < 1:
             raise UserError(f"--{key}={config[key]}: it must be at least 1")
+    for key in ("image_size", "local_size"):
+        check_size(config[key], config["patch_size"])
+    for key, values in CHOICES.items():
+        if config.get(key, values[0]) not in values:
+            raise UserError(f"--{key}={config[key]} is unknown: choose {' or '.join(value for value in values if value)}")
     for key in ("global_scale", "local_scale"):
         if not 0 < config[key][0] <= config[key][1] <= 1:
             raise UserError(f"--{key}={config[key]}: it must be two shares of the image's area, 0 < low <= high <= 1")
@@ -82,6 +92,8 @@ def configure(script):
 
 
 def explain(kind, error, trace):
+    for bar in list(getattr(tqdm, "_instances", ())):  # else it comes behind the sentence
+        bar.close()
     if issubclass(kind, UserError):
         print(f"error: {error}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
@@ -119,8 +131,6 @@ def setup(device, dtype, seed):
         raise UserError(f"--device={device} does not work here ({str(error).splitlines()[0]}): try --device=cpu") from None
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype={dtype} is unknown: choose auto, float32 or bfloat16")
     if device.type == "cpu" and sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):  # glibc: keep freed memory instead of asking the kernel anew, a step takes a fifth less
@@ -273,10 +283,8 @@ class Run:
 
 
 def other_logger(config):
-    """What takes a row of log.jsonl to where `logger` says. Raises UserError for a logger that is unknown or not installed."""
+    """What takes a row of log.jsonl to where `logger` says. Raises UserError for one that is not installed."""
     name, out_dir = config["logger"], config["out_dir"]
-    if name not in ("", "tensorboard", "wandb"):
-        raise UserError(f"--logger={name} is unknown: choose tensorboard or wandb, or leave it out")
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -426,6 +434,7 @@ def crops_picture(images, views, names):
         for axis, column, name in zip(row, columns, ["image", *names], strict=True):
             axis.axis("off")
             if j < len(column):
-                axis.imshow(einops.rearrange(column[j], "c h w -> h w c").clamp(0, 1), extent=(0, column.shape[-1], 0, column.shape[-1]))
+                pixels, side = einops.rearrange(column[j], "c h w -> h w c").clamp(0, 1).numpy(), column.shape[-1]
+                axis.imshow(pixels, extent=(0, side, 0, side))
                 axis.set(xlim=(0, images.shape[-1]), ylim=(0, images.shape[-1]), title=name if j == 0 else "")
     return png(figure)

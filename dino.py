@@ -1,9 +1,10 @@
 """DINO: self-distillation with no labels (Caron et al., 2104.14294), with a ViT.
 
-X1, X2 are random views of an image, smaller local ones beside them. The student sees all, the teacher the two global ones;
-the teacher is the exponential moving average (EMA) of the student and gets no gradient (sg = stop-gradient):
+X1, X2 are random views of an image, smaller local ones beside them. The student sees all, the teacher the two global ones.
+The teacher is the exponential moving average (EMA) of the student and gets no gradient (sg = stop-gradient):
 
-    P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)    L = mean over pairs u != v of H(P_t[u], P_s[v])
+    P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)    CE = H(P_t, P_s), Caron et al., 2104.14294
+    L = mean of CE over pairs of different views, the teacher's and the student's
 
     python dino.py --dataset=shapes                        five minutes on two CPU cores
     python dino.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 + 6 x 16 pixels
@@ -194,7 +195,7 @@ if __name__ == "__main__":
         with autocast:
             zs, zt = student(views), teacher(views[:2])
         zs, zt = zs.float(), zt.float()
-        pt = ((zt - center) / tau).softmax(-1)  # [2 b k]
+        pt = ((zt - center) / tau).softmax(-1)  # [u b k]
         ce = (cross_entropy(pt, zs, tau_s) * pairs).sum() / pairs.sum()
         loss, parts = ce, {"ce": ce}
         # --- end method

@@ -1,12 +1,11 @@
 """Hybrid A: DINO's cross-entropy (CE) and Barlow Twins' cross-correlation (CC) on one projection Z.
 
-X1, X2 are random views of an image, smaller local ones beside them. The student sees all, the teacher the two global ones;
-the teacher is the exponential moving average (EMA) of the student and gets no gradient (sg = stop-gradient):
+X1, X2 are random views of an image, smaller local ones beside them. The student sees all, the teacher the two global ones.
+The teacher is the exponential moving average (EMA) of the student and gets no gradient (sg = stop-gradient):
 
-    L = CE(softmax(sg Zt), softmax(Zs)) + alpha CC(Zs, sg Zt)    over pairs of different views
-    CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D    C = z1^T z2 / B, columns of z standardised (Zbontar et al., 2103.03230)
-
-alpha = 0 is dino.py (Caron et al., 2104.14294).
+    P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)    CE = H(P_t, P_s), Caron et al., 2104.14294
+    CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D    C = z1^T z2 / B, columns of z standardised, Zbontar et al., 2103.03230
+    L = CE + alpha CC(Zs, sg Zt), means over pairs of different views; alpha = 0 is dino.py
 
     python hybrid_a.py --dataset=shapes                        five minutes on two CPU cores
     python hybrid_a.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 + 6 x 16 pixels
@@ -84,7 +83,8 @@ proj_dim = 512  # of that projector
 
 PRESETS = {  # what a data set changes in the defaults
     "shapes": dict(dim=64, depth=3, heads=2, max_steps=300, base_lr=2e-3, warmup_epochs=0.5, eval_every=50, save_every=100)
-    | dict(knn_bank=5000, n_local=2, hidden_dim=512, bottleneck_dim=128, out_dim=128, tau_t_warmup_epochs=1.0, ema=0.5, alpha=20.0)
+    | dict(knn_bank=5000, n_local=2, hidden_dim=512, bottleneck_dim=128, out_dim=128, tau_t_warmup_epochs=1.0, ema=0.5)
+    | dict(alpha=20.0)
 }
 
 
@@ -135,9 +135,7 @@ class Network(nn.Module):
         same_size = [torch.cat(list(group)) for _, group in groupby(views, key=lambda x: x.shape[-1])]
         features = torch.cat([self.backbone(x) for x in same_size])
         z = rearrange(self.head(features), "(v b) k -> v b k", v=len(views))
-        if self.projector is None:
-            return z, z
-        return z, rearrange(self.projector(features), "(v b) d -> v b d", v=len(views))
+        return z, z if self.projector is None else rearrange(self.projector(features), "(v b) d -> v b d", v=len(views))
 
 
 def cross_entropy(pt, zs, tau_s):
@@ -228,7 +226,7 @@ if __name__ == "__main__":
         with autocast:
             (zs, ys), (zt, yt) = student(views), teacher(views[:2])
         zs, zt, ys, yt = zs.float(), zt.float(), ys.float(), yt.float()
-        pt = ((zt - center) / tau).softmax(-1)  # [2 b k]
+        pt = ((zt - center) / tau).softmax(-1)  # [u b k]
         ce = (cross_entropy(pt, zs, tau_s) * pairs).sum() / pairs.sum()
         others = range(len(crops) if cc_local else 2)
         cc = torch.stack([cross_correlation_loss(ys[v], yt[u], lambd) for u in range(2) for v in others if u != v]).mean()

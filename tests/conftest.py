@@ -1,0 +1,83 @@
+"""What the tests share: the scripts run as a user runs them, but in this process, a spy looking on."""
+
+import functools
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+
+data.shapes = functools.cache(data.shapes)  # made once for all tests
+
+SCRIPTS = ("dino.py", "barlow.py", "hybrid_a.py", "hybrid_b.py")
+TINY = dict(dataset="shapes", device="cpu", dim=16, depth=2, heads=2, batch_size=16, n_local=1, max_steps=3, knn_bank=100)
+TINY |= dict(knn_queries=50, log_every=1)
+TINY_HEAD = dict(out_dim=32, hidden_dim=32, bottleneck_dim=16)
+
+
+def tiny(script, **keys):
+    """The arguments of a run that takes a second."""
+    keys = TINY | (dict(proj_dim=16) if script == "barlow.py" else TINY_HEAD) | keys
+    return [f"--{key}={value}" for key, value in keys.items()]
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """train(script, spy=None, **keys) runs a script and returns its globals.
+
+    The spy is called with the script's globals in every step, when the loss is there and backward() is not done yet.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    excepthook = sys.excepthook
+
+    def run(script, spy=None, **keys):
+        keys = {"out_dir": tmp_path / f"run{len(list(tmp_path.iterdir()))}"} | keys
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *tiny(script, **keys)])
+        with monkeypatch.context() as patch:
+            backward = torch.Tensor.backward
+
+            def spied(loss, *args, **kwargs):
+                if spy:
+                    spy(sys._getframe(1).f_globals)
+                return backward(loss, *args, **kwargs)
+
+            patch.setattr(torch.Tensor, "backward", spied)
+            return runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    yield run
+    sys.excepthook = excepthook
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def command(tmp_path):
+    """command(script, **keys) runs a script in a process of its own; returns its exit code, stdout and stderr."""
+
+    def run(script, *args, **keys):
+        words = [sys.executable, str(ROOT / script), *tiny(script, **keys), *args]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def functions():
+    """functions[script] has the functions and classes of a script, which are not run."""
+    return {script: runpy.run_path(str(ROOT / script), run_name="imported") for script in SCRIPTS}
+
+
+@pytest.fixture(scope="session")
+def real_images():
+    """The folder of real images. `python ../shared/data/unpack.py data` fills it."""
+    if not (ROOT / "data" / "cifar10-jpeg").is_dir():
+        pytest.skip("no real images in data/: python ../shared/data/unpack.py data puts them there")
+    return ROOT / "data"

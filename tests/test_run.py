@@ -1,0 +1,245 @@
+"""A run as its user has it: files, resuming, signals, broken disks, and one clear sentence for every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import common
+import data
+from common import UserError, load_checkpoint
+from conftest import ROOT, SCRIPTS, tiny
+from vit import ViT
+
+
+def rows_of(g):
+    return [json.loads(line) for line in (Path(g["out_dir"]) / "log.jsonl").read_text().splitlines()]
+
+
+def without_time(rows):
+    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_writes_what_it_promises(train, script, capsys):
+    g = train(script)
+    out, bare = Path(g["out_dir"]), script.removesuffix(".py")
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "crops.png", "curves.png", "export"}
+    config = json.loads((out / "config.json").read_text())
+    assert config["script"] == bare and config["dim"] == 16 and config["base_lr"] == 2e-3 and config["versions"]["torch"]
+    exported = json.loads((out / "export" / "config.json").read_text())["model_args"]
+    vit = ViT(exported["img_size"], exported["patch_size"], exported["embed_dim"], exported["depth"], exported["num_heads"])
+    vit.load_state_dict(load_file(out / "export" / "model.safetensors"))
+    best = g["best"].eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(vit.eval()(x), best(x))
+    said = capsys.readouterr().out
+    assert "defaults for shapes: " in said and f"| {bare} on shapes |" in said and "| knn |" in said and "| seed | 0 |" in said
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resumed_is_uninterrupted(train, script, tmp_path, monkeypatch):
+    """Stopped after 3 of 6 steps, at an epoch's end, and resumed: the same rows, the same weights, to the bit."""
+    some = data.shapes("train")
+    monkeypatch.setattr(data, "shapes", lambda split: some._replace(images=some.images[:60], labels=some.labels[:60], masks=None))
+    keys = dict(max_steps=6, drop_path=0.5)
+    whole = train(script, **keys)
+
+    def stop(g):
+        if g["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as end:
+        train(script, stop, out_dir=tmp_path / "halves", **keys)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert load_checkpoint(tmp_path / "halves" / "ckpt.pt")["step"] == 3
+    with open(tmp_path / "halves" / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 0.0}\n{"step": 5, "lo')  # what a kill -9 leaves behind
+    halves = train(script, out_dir=tmp_path / "halves", resume=True, **keys)
+    assert without_time(rows_of(halves)) == without_time(rows_of(whole))
+    for name in whole["state"]:
+        one, other = (g["state"][name] for g in (whole, halves))
+        one, other = ([x] if isinstance(x, torch.Tensor) else list(x.parameters()) for x in (one, other))
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
+    out = tmp_path / "run"
+    words = [sys.executable, str(ROOT / "hybrid_a.py"), *tiny("hybrid_a.py", max_steps=100_000, out_dir=out)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 100
+    while not (out / "log.jsonl").exists() or '"step": 5' not in (out / "log.jsonl").read_text():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.2)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    step = load_checkpoint(out / "ckpt.pt")["step"]
+    assert f"stopped at step {step} and saved; go on with: python" in said and "--resume=True" in said
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] <= step
+
+
+def test_a_nan_stops_the_run_and_saves_nothing(train, tmp_path):
+    def poison(g):
+        if g["step"] == 2:
+            g["student"].backbone.cls_token.data.fill_(float("nan"))
+
+    with pytest.raises(UserError, match=r"is nan at step 4; .*ckpt.pt holds the last sound step"):
+        train("hybrid_a.py", poison, max_steps=9, save_every=2, out_dir=tmp_path / "nan")
+    saved = load_checkpoint(tmp_path / "nan" / "ckpt.pt")
+    assert saved["step"] == 2 and all(v.isfinite().all() for v in saved["student"].values())
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(train, tmp_path, monkeypatch):
+    def fill(g):
+        if g["step"] == 2:
+            monkeypatch.setattr(common.os, "fsync", full)
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): what was saved before is whole"):
+        train("barlow.py", fill, max_steps=9, save_every=2, out_dir=tmp_path / "full")
+    assert load_checkpoint(tmp_path / "full" / "ckpt.pt")["step"] == 2
+
+
+# one process each: exit code, one sentence, no traceback, nothing written
+
+
+def refused(result, code, *words):
+    assert result.returncode == code, result
+    said = result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr and "error: " in said
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize(
+    "key, code, words",
+    [
+        ("--alhpa=3", 2, ["--alhpa=3", "did you mean --alpha?"]),
+        ("--zzz", 2, ["--zzz", "--help lists the keys"]),
+        ("--batch_size=many", 2, ["batch_size", "invalid int value: 'many'"]),
+        ("--centering=perhaps", 2, ["centering", "true_or_false"]),
+        ("--global_scale=1", 2, ["global_scale", "low_high"]),
+        ("--global_scale=0.9,0.4", 1, ["global_scale", "0 < low <= high <= 1"]),
+        ("--depth=0", 1, ["--depth=0", "at least 1"]),
+        ("--image_size=30", 1, ["30", "patch_size=4", "28 or 32"]),
+        ("--local_size=14", 1, ["14", "patch_size=4", "12 or 16"]),
+        ("--heads=3", 1, ["dim=16", "heads=3"]),
+        ("--batch_size=20000", 1, ["--batch_size=20000", "10800 images"]),
+        ("--dataset=cifar11", 1, ["cifar11", "shapes, cifar10, cifar100, folder"]),
+        ("--device=tpu", 1, ["--device=tpu", "--device=cpu"]),
+        ("--dtype=float8", 1, ["--dtype=float8", "bfloat16"]),
+        ("--logger=paper", 1, ["--logger=paper", "tensorboard or wandb"]),
+        ("--head=three", 1, ["--head=three", "shared or two"]),
+        ("--resume=True", 1, ["holds no run to resume"]),
+    ],
+)
+def test_a_wrong_key_is_one_sentence(command, tmp_path, key, code, words):
+    refused(command("hybrid_a.py", key), code, *words)
+    assert not list(tmp_path.rglob("ckpt.pt"))
+
+
+def test_help_has_the_docstring_and_every_key(command):
+    said = command("hybrid_b.py", "--help").stdout
+    assert "Hybrid B: Barlow Twins" in said
+    assert "--ema FLOAT" in said and "the teacher's momentum at the start" in said and "(default: 0.996)" in said
+
+
+def folders(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts/train/a").mkdir(parents=True)
+    (tmp_path / "texts/train/a/readme.txt").write_text("no image")
+    for name in ("cut", "few"):
+        for c in "ab":
+            (tmp_path / name / "train" / c).mkdir(parents=True)
+            for i in range(4):
+                noise = np.random.default_rng(i).integers(0, 255, (40 + i, 50, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(tmp_path / name / "train" / c / f"{i}.jpg")
+    whole = tmp_path / "cut/train/b/2.jpg"
+    whole.write_bytes(whole.read_bytes()[:700])
+
+
+@pytest.mark.parametrize(
+    "folder, words",
+    [
+        ("absent", ["absent", "no folder"]),
+        ("empty", ["empty holds nothing"]),
+        ("texts", ["1 files, none with an image's name"]),
+        ("cut", ["b/2.jpg cannot be read"]),
+        ("few", ["--batch_size=16", "8 images"]),
+    ],
+)
+def test_a_wrong_folder_is_one_sentence(command, tmp_path, folder, words):
+    folders(tmp_path)
+    refused(command("dino.py", dataset="folder", data_dir=tmp_path / folder), 1, *words)
+    assert not list(tmp_path.rglob("*.part")) and not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
+    folders(tmp_path)
+    first = data.load("folder", tmp_path / "few", 16)
+    assert first.images.shape == (8, 3, 16, 16) and first.labels.tolist() == [0] * 4 + [1] * 4 and first.classes == ["a", "b"]
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "decode", None)
+        assert torch.equal(data.load("folder", tmp_path / "few", 16).images, first.images)
+    (tmp_path / "few/train/a/0.jpg").unlink()
+    assert len(data.load("folder", tmp_path / "few", 16).images) == 7
+    flat = data.load("folder", tmp_path / "few/train/a", 16)
+    assert flat.labels is None and len(flat.images) == 3
+
+
+def test_a_flat_folder_trains_without_labels(train, tmp_path):
+    folders(tmp_path)
+    g = train("hybrid_a.py", dataset="folder", data_dir=tmp_path / "few/train/a", batch_size=2, warmup_epochs=0.0)
+    assert "knn" not in rows_of(g)[-1] and rows_of(g)[-1]["rank"] > 0
+
+
+def test_no_network_says_where_to_put_the_files(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "download", lambda self: (_ for _ in ()).throw(OSError("no route to host")))
+    with pytest.raises(UserError, match=r"cifar-10-batches-py .*no route to host.*cifar-10-python.tar.gz.*--dataset=shapes"):
+        data.load("cifar10", tmp_path, 32)
+
+
+def test_a_run_is_never_overwritten(command, train, tmp_path):
+    out = Path(train("dino.py")["out_dir"])
+    before = {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    refused(command("dino.py", out_dir=out), 1, "already holds a run", "--resume=True", "--out_dir")
+    refused(command("barlow.py", out_dir=out, resume=True), 1, "dino.py", "not of barlow.py")
+    refused(command("dino.py", out_dir=out, resume=True, dim=32), 1, "does not fit", "'dim'")
+    checkpoint = out / "ckpt.pt"
+    whole = checkpoint.read_bytes()
+    for broken, words in ((b"no checkpoint", ["no whole checkpoint"]), (whole[:5000], ["no whole checkpoint"])):
+        checkpoint.write_bytes(broken)
+        refused(command("dino.py", out_dir=out, resume=True), 1, *words)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    checkpoint.write_bytes(flipped)
+    refused(command("dino.py", out_dir=out, resume=True), 1, "damaged")
+    checkpoint.write_bytes(whole)
+    torch.save({"state_dict": {}}, checkpoint)
+    refused(command("dino.py", out_dir=out, resume=True), 1, "no checkpoint of these scripts")
+    checkpoint.write_bytes(whole)
+    assert {p: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+
+
+def test_real_cifar100_is_read_as_published(real_images):
+    test = data.load("cifar100", real_images, 32, "test")
+    assert test.images.shape == (10_000, 3, 32, 32) and len(test.classes) == 100 and test.labels.bincount().eq(100).all()
+
+
+def test_real_photographs_train(train, real_images):
+    g = train("hybrid_a.py", dataset="folder", data_dir=real_images / "imagenette128", image_size=64, patch_size=8)
+    assert g["views"][0].shape == (16, 3, 64, 64) and rows_of(g)[-1]["knn"] > 0
