@@ -382,7 +382,7 @@ def collapse(rows, steps, config):
         return "the teacher puts every image on one prototype (teacher_entropy is 0): is centering on?"
     if always("ce", 0.99 * uniform, 1.01 * uniform):
         return f"ce is stuck at ln out_dim = {uniform:.3f}, the loss of a student that knows nothing"
-    if rows[-1].get("feature_std", 1) < 0.02:
+    if rows[-1].get("feature_std", 1) < 0.01:
         return f"all images have the same features (feature_std is {rows[-1]['feature_std']:.2g})"
     return ""
 

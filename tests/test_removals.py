@@ -23,14 +23,14 @@ def test_centering(train, script):
 
 
 def test_sharpening(train, script):
-    assert watch(train, script, lambda g: g["tau"], tau_t=0.1) == [0.1] * 3  # its warm-up, from .04, is gone as well
-    assert all(tau < 0.1 for tau in watch(train, script, lambda g: g["tau"]))
+    assert watch(train, script, lambda g: g["tau"], tau_t=0.1, tau_t_warmup_epochs=1.0) == [0.1] * 3  # its warm-up, from .04, is gone as well
+    assert all(tau < 0.1 for tau in watch(train, script, lambda g: g["tau"], tau_t_warmup_epochs=1.0))
 
 
 def test_teacher_temperature_warmup(train, script):
-    on = watch(train, script, lambda g: g["tau"], max_steps=4, tau_t_warmup_epochs=2 / 675)  # 675 steps an epoch
+    on = watch(train, script, lambda g: g["tau"], max_steps=4, tau_t=0.07, tau_t_warmup_epochs=2 / 675)  # 675 steps an epoch
     assert on == pytest.approx([0.04, 0.055, 0.07, 0.07])
-    assert watch(train, script, lambda g: g["tau"], tau_t_warmup_epochs=0) == [0.07] * 3
+    assert watch(train, script, lambda g: g["tau"], tau_t=0.07, tau_t_warmup_epochs=0) == [0.07] * 3
 
 
 @pytest.mark.parametrize("end", [0.9, 0.5])
