@@ -85,7 +85,7 @@ def training_split(data, knn_bank, knn_queries, batch_size):
 # ------------------------------------------------------------------------------------------------------------ data sets
 
 
-def shapes(split, size=32):
+def shapes(split):
     """12,000 training or 2,000 test images made in seconds: a textured object on a smooth background, with its mask.
 
     The class is the texture, for it survives crops and colour jitter: stripes (three orientations, two widths), checks
@@ -94,6 +94,15 @@ def shapes(split, size=32):
     """
     n, seed = {"train": (12_000, 0), "test": (2_000, 1)}[split]
     g = torch.Generator().manual_seed(seed)
+    painted = [paint_shapes(500, g) for _ in range(n // 500)]  # few at a time stay in a core's cache
+    images, labels, masks = (torch.cat(part) for part in zip(*painted, strict=True))
+    names = [f"{width} {a} stripes" for width in ("fine", "coarse") for a in ("vertical", "horizontal", "diagonal")]
+    return Split(images, labels, [*names, "fine checks", "coarse checks", "rings", "plain"], masks)
+
+
+def paint_shapes(n, g):
+    """`n` images uint8 [n 3 s s] of shapes(), with labels [n] and masks [n s s], drawn from the generator `g`."""
+    size = 32
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=g)
@@ -117,15 +126,13 @@ def shapes(split, size=32):
     rings = (2 * pi / 5 * radius + phase).sin()
     wave = torch.where(label < 6, stripes, torch.where(label < 8, checks, torch.where(label == 8, rings, 1.0)))
 
-    blend = (wave.clamp(-1, 1)[:, None] + 1) / 2  # [n 1 s s]
+    shade = (wave.clamp(-1, 1)[:, None] + 1) / 2  # [n 1 s s]
     dark, light = uniform(0.1, 0.3, 1) + uniform(-0.15, 0.15, 3), uniform(0.7, 0.9, 1) + uniform(-0.15, 0.15, 3)
-    texture = dark + (light - dark) * blend
+    texture = dark + (light - dark) * shade
     corner, slope = uniform(0.4, 0.6, 1) + uniform(-0.15, 0.15, 3), uniform(-0.3, 0.3, 1, 2)
     ground = corner + slope[:, :, 0] * y[:, None] / size + slope[:, :, 1] * x[:, None] / size
     images = torch.where(masks[:, None], texture, ground)
-    images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-    names = [f"{width} {a} stripes" for width in ("fine", "coarse") for a in ("vertical", "horizontal", "diagonal")]
-    return Split(images, labels, [*names, "fine checks", "coarse checks", "rings", "plain"], masks.to(torch.uint8))
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels, masks.to(torch.uint8)
 
 
 def cifar(name, data_dir, split):

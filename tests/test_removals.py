@@ -23,7 +23,7 @@ def test_centering(train, script):
 
 
 def test_sharpening(train, script):
-    assert watch(train, script, lambda g: g["tau"], tau_t=0.1, tau_t_warmup_epochs=1.0) == [0.1] * 3  # its warm-up, from .04, is gone as well
+    assert watch(train, script, lambda g: g["tau"], tau_t=0.1, tau_t_warmup_epochs=1.0) == [0.1] * 3  # no warm-up from .04 either
     assert all(tau < 0.1 for tau in watch(train, script, lambda g: g["tau"], tau_t_warmup_epochs=1.0))
 
 

@@ -1,0 +1,18 @@
+"""Prints a Markdown table of finished runs, a row each: python results/table.py results/shapes/* """
+
+import json
+import sys
+from pathlib import Path
+
+COLUMNS = ["knn_init", "knn", "ce", "cc", "teacher_entropy", "kl", "feature_std", "rank", "c_diag", "c_off"]
+
+print(f"| run | steps | {' | '.join(COLUMNS)} | minutes | images/s | device, seed, commit |\n|---|{'---:|' * (len(COLUMNS) + 3)}---|")
+for folder in map(Path, sys.argv[1:]):
+    config = json.loads((folder / "config.json").read_text())
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    speeds = sorted(row["images_per_s"] for row in rows if "images_per_s" in row)
+    speed, last = speeds[len(speeds) // 2], rows[-1]
+    cells = [f"{last[c]:.3f}" if c in last else "" for c in COLUMNS]
+    cells += [f"{last['step'] * config['batch_size'] / speed / 60:.1f}", f"{speed:.0f}"]
+    about = f"{config['device_name']}, {config['seed']}, {config['git_commit'][:7]}"
+    print(f"| {config['script']} | {last['step']} | {' | '.join(cells)} | {about} |")
