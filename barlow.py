@@ -185,4 +185,4 @@ if __name__ == "__main__":
             run.save(done, best)
         if run.stop:
             break
-    run.finish(done)
+    run.finish()

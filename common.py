@@ -33,17 +33,13 @@ class UserError(ValueError):
 CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "head": ("shared", "two"), "logger": ("", "tensorboard", "wandb")}
 
 
-def configure(script):
-    """Reads --key=value into a script's globals. Returns every key with its value.
+def read_keys(script):
+    """The keys of a script with their defaults, and those given on the command line.
 
     A key is a lower-case global of type bool, int, float, str or tuple; its default gives the type, the comment behind it
-    the meaning. A key not given takes the value of the run that is resumed, else of PRESETS[dataset], else its default.
-    Raises UserError for an out_dir that holds a run, unless it is resumed.
+    the meaning. Exits with 2 for an unknown key, naming the nearest, and for a wrong type.
     """
-    from vit import check_size
-
     sys.excepthook = explain
-    name = Path(script["__file__"]).stem
     keys = {k: v for k, v in script.items() if k[0] != "_" and k.islower() and isinstance(v, bool | int | float | str | tuple)}
     meaning = dict(re.findall(r"^(\w+) = [^#\n]+# (.+)$", Path(script["__file__"]).read_text(encoding="utf-8"), re.M))
     parser = argparse.ArgumentParser(
@@ -57,9 +53,17 @@ def configure(script):
     for word in unknown:
         near = difflib.get_close_matches(word.lstrip("-").split("=")[0], keys, 1)
         parser.error(f"unknown key {word}: " + (f"did you mean --{near[0]}?" if near else "--help lists the keys"))
-    given = vars(given)
+    return keys, vars(given)
 
-    dataset = given.get("dataset", keys["dataset"])
+
+def configure(script):
+    """Reads --key=value into a training script's globals. Returns every key with its value.
+
+    A key not given takes the value of the run that is resumed, else of PRESETS[dataset], else its default. Raises UserError
+    for an out_dir that holds a run, unless it is resumed, and for values that cannot be.
+    """
+    keys, given = read_keys(script)
+    name, dataset = Path(script["__file__"]).stem, given.get("dataset", keys["dataset"])
     preset = script["PRESETS"].get(dataset, {})
     out = Path(given.get("out_dir") or f"out/{name}-{dataset}")
     config = {**keys, **preset, "out_dir": str(out)}
@@ -76,6 +80,15 @@ def configure(script):
         words = " ".join(f"--{k}={v}" for k, v in preset.items() if k not in given)
         print(f"defaults for {dataset}: {words}", flush=True)
     config |= given
+    check(config)
+    script.update(config)
+    return config
+
+
+def check(config):
+    """Raises UserError for the first value that cannot be."""
+    from vit import check_size
+
     for key in ("batch_size", "epochs", "dim", "depth", "heads", "patch_size", "log_every", "eval_every", "save_every"):
         if config[key] < 1:
             raise UserError(f"--{key}={config[key]}: it must be at least 1")
@@ -87,8 +100,6 @@ def configure(script):
     for key in ("global_scale", "local_scale"):
         if not 0 < config[key][0] <= config[key][1] <= 1:
             raise UserError(f"--{key}={config[key]}: it must be two shares of the image's area, 0 < low <= high <= 1")
-    script.update(config)
-    return config
 
 
 def explain(kind, error, trace):
@@ -269,8 +280,9 @@ class Run:
         self.rows = [row for row in rows if row["step"] <= self.start]
         print(f"resumed {path} at step {self.start}")
 
-    def finish(self, step):
+    def finish(self):
         """Closes the bar; prints the results, or how to resume; ends the process when a signal asked for it."""
+        step = self.bar.n
         self.bar.close()
         if self.stop and step < self.steps:
             print(f"stopped at step {step} and saved; go on with: python {sys.argv[0]} --out_dir={self.dir} --resume=True")

@@ -72,6 +72,14 @@ def test_resumed_is_uninterrupted(train, script, tmp_path, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_resuming_a_finished_run_changes_nothing(train, tmp_path, capsys):
+    first = train("dino.py", out_dir=tmp_path / "done")
+    again = train("dino.py", out_dir=tmp_path / "done", resume=True)
+    assert rows_of(again) == rows_of(first) and "| knn |" in capsys.readouterr().out.split("resumed")[1]
+    longer = train("dino.py", out_dir=tmp_path / "done", resume=True, max_steps=5)
+    assert [row["step"] for row in rows_of(longer)] == [0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     out = tmp_path / "run"
