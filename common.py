@@ -19,6 +19,7 @@ import einops
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
 
@@ -30,7 +31,8 @@ class UserError(ValueError):
 # ----------------------------------------------------------------------------------------------------------------- keys
 
 
-CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "head": ("shared", "two"), "logger": ("", "tensorboard", "wandb")}
+CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "logger": ("", "tensorboard", "wandb")}
+CHOICES |= {"head": ("shared", "two"), "weights": ("teacher", "student")}
 
 
 def read_keys(script):
@@ -85,21 +87,39 @@ def configure(script):
     return config
 
 
+def configure_evaluation(script):
+    """Reads --key=value into an evaluation script's globals. Returns every key with its value; --ckpt must be given.
+
+    PRESETS[dataset] holds for --ckpt=random alone: a checkpoint knows its own architecture.
+    """
+    keys, given = read_keys(script)
+    if not given.get("ckpt"):
+        raise UserError("--ckpt is missing: give a run's ckpt.pt, its export/, an official DINO .pth, or random")
+    preset = script["PRESETS"].get(given.get("dataset"), {}) if given["ckpt"] == "random" else {}
+    config = keys | preset | given
+    check(config)
+    script.update(config)
+    return config
+
+
 def check(config):
     """Raises UserError for the first value that cannot be."""
     from vit import check_size
 
     for key in ("batch_size", "epochs", "dim", "depth", "heads", "patch_size", "log_every", "eval_every", "save_every"):
-        if config[key] < 1:
+        if config.get(key, 1) < 1:
             raise UserError(f"--{key}={config[key]}: it must be at least 1")
-    for key in ("image_size", "local_size"):
-        check_size(config[key], config["patch_size"])
     for key, values in CHOICES.items():
         if config.get(key, values[0]) not in values:
             raise UserError(f"--{key}={config[key]} is unknown: choose {' or '.join(value for value in values if value)}")
+    for key in ("image_size", "local_size") if "local_size" in config else ():
+        check_size(config[key], config["patch_size"])
     for key in ("global_scale", "local_scale"):
-        if not 0 < config[key][0] <= config[key][1] <= 1:
-            raise UserError(f"--{key}={config[key]}: it must be two shares of the image's area, 0 < low <= high <= 1")
+        low, high = config.get(key, (1, 1))
+        if not 0 < low <= high <= 1:
+            raise UserError(f"--{key}={low},{high}: it must be two shares of the image's area, 0 < low <= high <= 1")
+    if not 0 < config.get("label_fraction", 1) <= 1:
+        raise UserError(f"--label_fraction={config['label_fraction']}: it must be above 0, and 1 at most")
 
 
 def explain(kind, error, trace):
@@ -128,7 +148,7 @@ def read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): the run cannot be resumed without it") from None
+        raise UserError(f"{path} cannot be read ({error}): the run is not to be had without it") from None
 
 
 def setup(device, dtype, seed):
@@ -194,17 +214,7 @@ class Run:
         signal.signal(number, signal.SIG_DFL)  # the second one ends it at once
 
     def write(self, name, content):
-        """Writes a file whole or not at all. Raises UserError when the disk does not take it."""
-        path = self.dir / name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(path.name + ".part")
-            with open(part, "wb") as file:
-                file.write(content if isinstance(content, bytes) else content.encode())
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}): what was saved before is whole") from None
+        write_file(self.dir / name, content)
 
     def row(self, step, **values):
         """What a log row starts with: finite numbers, and the images/s since the last row. Raises UserError for a NaN."""
@@ -256,7 +266,8 @@ class Run:
         args |= {"num_heads": c["heads"], "num_classes": 0}
         tensors = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
         self.write("export/model.safetensors", to_safetensors(tensors))
-        self.write("export/config.json", json.dumps({"script": self.script, "step": step, "model_args": args}, indent=1))
+        about = {"script": self.script, "step": step, "dataset": c["dataset"], "data_dir": c["data_dir"]}
+        self.write("export/config.json", json.dumps(about | {"model_args": args}, indent=1))
         self.clock = time.time()
 
     def restore(self, device):
@@ -294,6 +305,19 @@ class Run:
         print(f"| device | {self.device} |\n\nin {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")
 
 
+def write_file(path, content):
+    """Writes a file whole or not at all. Raises UserError when the disk does not take it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        with open(part, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): what was saved before is whole") from None
+
+
 def other_logger(config):
     """What takes a row of log.jsonl to where `logger` says. Raises UserError for one that is not installed."""
     name, out_dir = config["logger"], config["out_dir"]
@@ -315,16 +339,67 @@ def other_logger(config):
 
 def load_checkpoint(path, device="cpu"):
     """A run's ckpt.pt as a dict, every byte checked. Raises UserError for anything else."""
+    saved = load_pickle(path, device)
+    if not {"script", "step", "config"} <= saved.keys():
+        raise UserError(f"{path} is no checkpoint of these scripts")
+    return saved
+
+
+def load_pickle(path, device="cpu"):
+    """A dict that torch.save wrote, every byte checked, no code run. Raises UserError for anything else."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            broken = archive.testzip()
-        if not broken:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                broken = archive.testzip()
+            if broken:
+                raise UserError(f"{path} is damaged (bad checksum in {broken})")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's official checkpoints have their arguments in one
             saved = torch.load(path, map_location=device, weights_only=True)
-            if isinstance(saved, dict) and {"script", "step", "config"} <= saved.keys():
-                return saved
+    except UserError:
+        raise
     except Exception as error:  # torch and zipfile raise many kinds
         raise UserError(f"{path} is no whole checkpoint ({str(error).splitlines()[0]})") from None
-    raise UserError(f"{path} is no checkpoint of these scripts" if not broken else f"{path} is damaged (bad checksum in {broken})")
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is no checkpoint: it holds a {type(saved).__name__}")
+    return saved
+
+
+def load_backbone(config, device):
+    """The ViT that --ckpt names, in evaluation mode, and what is known of it: {script, step, dataset, data_dir, image_size ...}.
+
+    A run's ckpt.pt, an export folder, an official DINO .pth, or 'random'. Raises UserError for anything else.
+    """
+    from vit import ViT
+
+    path, about, heads = Path(config["ckpt"]), {"ckpt": config["ckpt"], "weights": config["weights"]}, config["heads"]
+    if config["ckpt"] == "random":
+        about |= {"image_size": config["image_size"] or 32, "data_dir": "data"}
+        return ViT(about["image_size"], config["patch_size"], config["dim"], config["depth"], heads).to(device).eval(), about
+    if path.is_dir():
+        saved = read_json(path / "config.json")
+        if "model_args" not in saved or not (path / "model.safetensors").exists():
+            raise UserError(f"--ckpt={path} is no export folder: give a run's ckpt.pt or its export/")
+        state, heads = from_safetensors((path / "model.safetensors").read_bytes()), saved["model_args"]["num_heads"]
+        about |= {k: saved[k] for k in ("script", "step", "dataset", "data_dir")}
+    elif path.exists():
+        saved = load_pickle(path, device)
+        state = saved.get(config["weights"], saved.get("student", saved))
+        state = {k.split("backbone.")[-1]: v for k, v in state.items() if "backbone." in k} or state
+        if "script" in saved:
+            heads = saved["config"]["heads"]
+            about |= {"script": saved["script"], "step": saved["step"]} | {k: saved["config"][k] for k in ("dataset", "data_dir")}
+        elif "cls_token" in state:
+            heads = state["cls_token"].shape[-1] // 64  # of every official DINO ViT
+    else:
+        raise UserError(f"--ckpt={path} is not there: give a run's ckpt.pt, its export/, an official DINO .pth, or random")
+    try:
+        patch, depth = state["patch_embed.proj.weight"].shape[-1], len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+        about["image_size"] = int((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
+        backbone = ViT(about["image_size"], patch, state["cls_token"].shape[-1], depth, heads)
+        backbone.load_state_dict(state)
+    except (KeyError, RuntimeError, AttributeError) as error:
+        raise UserError(f"--ckpt={path} holds no ViT of timm's key names ({str(error).splitlines()[0]})") from None
+    return backbone.to(device).eval(), about
 
 
 # ------------------------------------------------------------------------------------------------- k-NN monitor, meters
@@ -346,17 +421,16 @@ def features(backbone, images, device, autocast, batch_size=500):
 
 
 def knn(bank, bank_labels, queries, k=20, temperature=0.07):
-    """Weighted k-NN (Wu et al., 1805.01978): features [n d], labels int64 [n], queries [m d] -> classes int64 [m].
+    """Weighted k-NN (Wu et al., 1805.01978): features [n d], labels int64 [n], queries [m d] -> votes [m classes].
 
-    A query's k nearest bank images by cosine vote with weight exp(cosine / temperature).
+    A query's k nearest bank images by cosine vote with weight exp(cosine / temperature); the answer is the argmax.
     """
-    bank, predictions = F.normalize(bank, dim=1), []
+    bank, votes = F.normalize(bank, dim=1), []
     for chunk in F.normalize(queries, dim=1).split(1000):
         similar, nearest = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(chunk), int(bank_labels.max()) + 1, device=bank.device)
-        votes.scatter_add_(1, bank_labels[nearest], (similar / temperature).exp())
-        predictions.append(votes.argmax(1))
-    return torch.cat(predictions)
+        empty = torch.zeros(len(chunk), int(bank_labels.max()) + 1, device=bank.device)
+        votes.append(empty.scatter_add_(1, bank_labels[nearest], (similar / temperature).exp()))
+    return torch.cat(votes)
 
 
 def evaluate(backbone, bank, queries, device, autocast):
@@ -367,8 +441,8 @@ def evaluate(backbone, bank, queries, device, autocast):
     """
     z, row = features(backbone, bank.images, device, autocast), {}
     if bank.labels is not None:
-        answers = knn(z, bank.labels.to(device), features(backbone, queries.images, device, autocast))
-        row["knn"] = (answers == queries.labels.to(device)).float().mean()
+        votes = knn(z, bank.labels.to(device), features(backbone, queries.images, device, autocast))
+        row["knn"] = (votes.argmax(1) == queries.labels.to(device)).float().mean()
     z = F.normalize(z[:4096], dim=1)
     p = torch.linalg.svdvals(z)
     p = p / p.sum() + 1e-7

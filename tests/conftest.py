@@ -60,10 +60,11 @@ def train(tmp_path, monkeypatch):
 
 @pytest.fixture
 def command(tmp_path):
-    """command(script, **keys) runs a script in a process of its own; returns its exit code, stdout and stderr."""
+    """command(script, **keys) runs a script in a process of its own, tiny if it trains; returns exit code, stdout and stderr."""
 
     def run(script, *args, **keys):
-        words = [sys.executable, str(ROOT / script), *tiny(script, **keys), *args]
+        keys = tiny(script, **keys) if script in SCRIPTS else [f"--{key}={value}" for key, value in keys.items()]
+        words = [sys.executable, str(ROOT / script), *keys, *args]
         return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
     return run
