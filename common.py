@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,6 +34,15 @@ class UserError(ValueError):
 
 CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "logger": ("", "tensorboard", "wandb")}
 CHOICES |= {"head": ("shared", "two"), "weights": ("teacher", "student")}
+RANGES = {  # lowest and highest value of a script's keys
+    (1, math.inf): """batch_size epochs dim depth heads patch_size log_every eval_every save_every out_dim hidden_dim bottleneck_dim
+        proj_dim knn_bank knn_queries""",
+    (0, math.inf): """seed max_steps n_local base_lr min_lr warmup_epochs wd wd_end grad_clip alpha lambd freeze_last_layer_epochs
+        tau_t_warmup_epochs""",
+    (0, 1): "ema ema_end center_momentum label_fraction",
+    (0, 0.99): "drop_path",
+    (1e-6, math.inf): "tau_s tau_t tau_t_start",
+}
 
 
 def read_keys(script):
@@ -106,9 +116,11 @@ def check(config):
     """Raises UserError for the first value that cannot be."""
     from vit import check_size
 
-    for key in ("batch_size", "epochs", "dim", "depth", "heads", "patch_size", "log_every", "eval_every", "save_every"):
-        if config.get(key, 1) < 1:
-            raise UserError(f"--{key}={config[key]}: it must be at least 1")
+    for (low, high), keys in RANGES.items():
+        for key in keys.split():
+            value = config.get(key, low)
+            if not (low <= value <= high and math.isfinite(value)):
+                raise UserError(f"--{key}={value}: it must be a number from {low} to {high}")
     for key, values in CHOICES.items():
         if config.get(key, values[0]) not in values:
             raise UserError(f"--{key}={config[key]} is unknown: choose {' or '.join(value for value in values if value)}")
@@ -118,8 +130,6 @@ def check(config):
         low, high = config.get(key, (1, 1))
         if not 0 < low <= high <= 1:
             raise UserError(f"--{key}={low},{high}: it must be two shares of the image's area, 0 < low <= high <= 1")
-    if not 0 < config.get("label_fraction", 1) <= 1:
-        raise UserError(f"--label_fraction={config['label_fraction']}: it must be above 0, and 1 at most")
 
 
 def explain(kind, error, trace):
@@ -198,8 +208,7 @@ class Run:
         self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         if config["resume"]:
             self.restore(device)
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        about = {"script": self.script, "git_commit": git.stdout.strip(), "device_name": self.device}
+        about = {"script": self.script, "git_commit": git_commit(), "device_name": self.device}
         about["versions"] = {m.__name__: m.__version__ for m in (torch, np, einops)} | {"python": sys.version.split()[0]}
         self.write("config.json", json.dumps(config | about, indent=1))
         self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -255,9 +264,10 @@ class Run:
     def save(self, step, backbone):
         """ckpt.pt, and export/ with the backbone under timm's names. Raises UserError rather than save a NaN."""
         state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in self.state.items()}
-        bad = next((name for name, t in backbone.state_dict().items() if not t.isfinite().all()), None)
+        tensors = [(name, t) for name, value in self.state.items() if isinstance(value, torch.nn.Module) for t in value.parameters()]
+        bad = next((name for name, t in tensors if not t.isfinite().all()), None)
         if bad:
-            raise UserError(f"{bad} is not finite at step {step}: not saved, {self.dir}/ckpt.pt, if there, is sound")
+            raise UserError(f"the {bad}'s weights are not finite at step {step}: not saved; {self.dir}/ckpt.pt, if there, is sound")
         buffer = io.BytesIO()
         torch.save({"script": self.script, "step": step, "seconds": self.seconds, "config": self.config, **state}, buffer)
         self.write("ckpt.pt", buffer.getvalue())
@@ -287,8 +297,14 @@ class Run:
             raise UserError(f"{path} does not fit; keys that differ from its run: {changed} ({str(error).splitlines()[0]})") from None
         self.start, self.seconds = saved["step"], saved["seconds"]
         lines = (self.dir / "log.jsonl").read_text().splitlines() if (self.dir / "log.jsonl").exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
-        self.rows = [row for row in rows if row["step"] <= self.start]
+        for i, line in enumerate(lines):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                if i < len(lines) - 1:  # the last may be cut off
+                    raise UserError(f"line {i + 1} of {self.dir}/log.jsonl is broken: mend or remove it") from None
+                break
+            self.rows += [row] if row["step"] <= self.start else []
         print(f"resumed {path} at step {self.start}")
 
     def finish(self):
@@ -296,13 +312,23 @@ class Run:
         step = self.bar.n
         self.bar.close()
         if self.stop and step < self.steps:
-            print(f"stopped at step {step} and saved; go on with: python {sys.argv[0]} --out_dir={self.dir} --resume=True")
+            out_dir = shlex.quote(str(self.dir))
+            print(f"stopped at step {step} and saved; go on with: python {sys.argv[0]} --out_dir={out_dir} --resume=True")
             sys.exit(128 + self.stop)
         print(f"\n| {self.script} on {self.config['dataset']} | |\n|---|---|")
         result = self.rows[-1] | {"minutes of training": self.seconds / 60, "seed": self.config["seed"]}
         for key, value in result.items():
             print(f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |")
         print(f"| device | {self.device} |\n\nin {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")
+
+
+def git_commit():
+    """The commit of this code, empty where there is none."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git here
+        return ""
+    return git.stdout.strip()
 
 
 def write_file(path, content):

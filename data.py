@@ -158,8 +158,8 @@ def cifar(name, data_dir, split):
 def folder(data_dir, image_size, split):
     """Photographs of any size in data_dir/train/<class>/*, data_dir/{test,val}/<class>/*, or flat without labels.
 
-    Decoded once, short side resized to `image_size`, centre cropped; kept in data_dir/.cache as one memory-mapped array,
-    made anew when a file's name, size or date changes.
+    Decoded once, short side resized to `image_size`, centre cropped; kept in data_dir/.cache (in ~/.cache/dino-twins if
+    data_dir is read-only) as one memory-mapped array, made anew when a file's name, size or date changes.
     """
     root = Path(data_dir)
     if not root.is_dir():
@@ -193,11 +193,13 @@ def folder(data_dir, image_size, split):
 def cached(root, paths, size):
     """The images at `paths` as one uint8 tensor [n 3 size size] on a memory-mapped file, decoded if it is not there yet."""
     stamp = "\n".join(f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in paths)
-    file = root.parent / ".cache" / f"{root.name}-{size}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
+    writable = os.access(root.parent, os.W_OK)
+    cache = root.parent / ".cache" if writable else Path.home() / ".cache" / "dino-twins"
+    file = cache / f"{root.name}-{size}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
     if not file.exists():
         part = file.with_suffix(f".{os.getpid()}.part")
         try:
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(paths), 3, size, size))
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside Python's lock
                 decoded = pool.map(functools.partial(decode, size=size), paths)

@@ -18,7 +18,6 @@ Letters in shapes:  b images  d width of a feature  s settings  c classes  n dat
 
 import hashlib
 import json
-import platform
 from itertools import product
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError, configure_evaluation, cosine, knn, load_backbone, setup, write_file
+from common import UserError, configure_evaluation, cosine, git_commit, knn, load_backbone, setup, write_file
 from data import Crop, batch_indices, draw, load, normalise, resized_crop
 from vit import check_size
 
@@ -212,7 +211,7 @@ if __name__ == "__main__":
         numbers = f"{100 * r['selected']['held_out']:.1f} | {100 * r['top1']:.1f} ± {100 * r['interval95']:.1f} | {100 * r['top5']:.1f}"
         print(f"| {name}{' augmented' if augment and name != 'knn' else ''} | {selected} | {numbers} |")
     report = config | {"dataset": dataset, "data_dir": str(data_dir), "image_size": image_size, "checkpoint": about, "results": results}
-    report |= {"torch": torch.__version__, "machine": platform.machine(), "test_images": len(test_labels), "device": str(device)}
+    report |= {"torch": torch.__version__, "git_commit": git_commit(), "test_images": len(test_labels), "device": str(device)}
     if Path(ckpt).is_file():
         report["sha256"] = hashlib.sha256(Path(ckpt).read_bytes()).hexdigest()
     folder = Path(out_dir or (f"out/random-{dataset}" if ckpt == "random" else Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent))

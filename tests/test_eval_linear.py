@@ -183,5 +183,5 @@ def test_wrong_input_is_one_sentence(command, run_folder, tmp_path):
     refused(run(ckpt="random"), 1, "give --dataset")
     refused(run(ckpt=run_folder / "ckpt.pt", weights="both"), 1, "teacher or student")
     refused(run(ckpt=run_folder / "ckpt.pt", image_size=30), 1, "30", "28 or 32")
-    refused(run(ckpt=run_folder / "ckpt.pt", label_fraction=2), 1, "--label_fraction=2.0")
+    refused(run(ckpt=run_folder / "ckpt.pt", label_fraction=2), 1, "--label_fraction=2.0", "from 0 to 1")
     refused(run(ckpt=run_folder / "ckpt.pt", datset="shapes"), 2, "did you mean --dataset?")
