@@ -492,7 +492,10 @@ def collapse(rows, steps, config):
         return f"the teacher is uniform over the prototypes (teacher_entropy is ln out_dim = {uniform:.3f}): sharpen it, tau_t < tau_s"
     if always("teacher_entropy", 0, 0.01 * uniform):
         return "the teacher puts every image on one prototype (teacher_entropy is 0): is centering on?"
-    if always("ce", 0.99 * uniform, 1.01 * uniform):
+    if always("kl", -1, 0.01):
+        return f"every image has the same output (kl between teacher and student is {rows[-1]['kl']:.2g}): sharpen or center"
+    warm = rows[-1].get("epoch", 0) < config["warmup_epochs"]  # at a learning rate near 0 nothing moves yet
+    if not warm and always("ce", 0.99 * uniform, 1.01 * uniform):
         return f"ce is stuck at ln out_dim = {uniform:.3f}, the loss of a student that knows nothing"
     if rows[-1].get("feature_std", 1) < 0.01:
         return f"all images have the same features (feature_std is {rows[-1]['feature_std']:.2g})"

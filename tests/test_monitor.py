@@ -89,14 +89,16 @@ LN_K = math.log(1024)
         (dict(teacher_entropy=0.995 * LN_K), "uniform"),
         (dict(teacher_entropy=0.001), "one prototype"),
         (dict(teacher_entropy=5.0, ce=1.001 * LN_K), "stuck"),
+        (dict(teacher_entropy=5.0, kl=0.002), "same output"),
         (dict(feature_std=0.001), "same features"),
-        (dict(teacher_entropy=5.0, ce=6.0, feature_std=0.5), ""),
+        (dict(teacher_entropy=5.0, ce=1.001 * LN_K, epoch=0.5), ""),
+        (dict(teacher_entropy=5.0, ce=6.0, kl=1.0, feature_std=0.5), ""),
         (dict(), ""),
     ],
 )
 def test_collapse_is_told_in_a_sentence(row, words):
-    config = dict(out_dim=1024, log_every=10)
-    rows = [dict(loss=1.0, teacher_entropy=3.0, ce=4.0), *[dict(loss=1.0) | row] * 4]
+    config = dict(out_dim=1024, log_every=10, warmup_epochs=1.0)
+    rows = [dict(loss=1.0, epoch=0.9, teacher_entropy=3.0, ce=4.0), *[dict(loss=1.0, epoch=2.0) | row] * 4]
     assert words in collapse(rows, 1000, config) and bool(words) == bool(collapse(rows, 1000, config))
     assert collapse([dict(loss=1.0, feature_std=0.5), dict(loss=1.0) | row][:1], 1000, config) == ""  # one row is no trend
 
