@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import common  # noqa: E402
 import data  # noqa: E402
 
 data.shapes = functools.cache(data.shapes)  # made once for all tests
@@ -31,14 +32,14 @@ def tiny(script, **keys):
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """train(script, spy=None, **keys) runs a script and returns its globals.
+    """train(script, spy=None, pictures=False, **keys) runs a script and returns its globals.
 
     The spy is called with the script's globals in every step, when the loss is there and backward() is not done yet.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     excepthook = sys.excepthook
 
-    def run(script, spy=None, **keys):
+    def run(script, spy=None, pictures=False, **keys):
         keys = {"out_dir": tmp_path / f"run{len(list(tmp_path.iterdir()))}"} | keys
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *tiny(script, **keys)])
         with monkeypatch.context() as patch:
@@ -50,6 +51,9 @@ def train(tmp_path, monkeypatch):
                 return backward(loss, *args, **kwargs)
 
             patch.setattr(torch.Tensor, "backward", spied)
+            if not pictures:  # they take longer than the steps
+                patch.setattr(common, "crops_picture", lambda *args: b"")
+                patch.setattr(common, "curves_picture", lambda *args: b"")
             return runpy.run_path(str(ROOT / script), run_name="__main__")
 
     yield run

@@ -31,11 +31,13 @@ def without_time(rows):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_writes_what_it_promises(train, script, capsys):
-    g = train(script)
+    g = train(script, pictures=True)
     out, bare = Path(g["out_dir"]), script.removesuffix(".py")
     assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "crops.png", "curves.png", "export"}
     config = json.loads((out / "config.json").read_text())
     assert config["script"] == bare and config["dim"] == 16 and config["base_lr"] == 2e-3 and config["versions"]["torch"]
+    for name, columns in (("crops.png", 4), ("curves.png", 6)):
+        assert Image.open(out / name).width > 100 * columns
     exported = json.loads((out / "export" / "config.json").read_text())["model_args"]
     vit = ViT(exported["img_size"], exported["patch_size"], exported["embed_dim"], exported["depth"], exported["num_heads"])
     vit.load_state_dict(load_file(out / "export" / "model.safetensors"))
