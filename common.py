@@ -35,7 +35,8 @@ class UserError(ValueError):
 CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "logger": ("", "tensorboard", "wandb")}
 CHOICES |= {"head": ("shared", "two"), "weights": ("teacher", "student")}
 RANGES = {  # lowest and highest value of a script's keys
-    (1, math.inf): """batch_size epochs dim depth heads patch_size log_every eval_every save_every out_dim hidden_dim bottleneck_dim
+    (2, math.inf): "batch_size",  # one image has no batch statistics
+    (1, math.inf): """epochs dim depth heads patch_size log_every eval_every save_every out_dim hidden_dim bottleneck_dim
         proj_dim knn_bank knn_queries""",
     (0, math.inf): """seed max_steps n_local base_lr min_lr warmup_epochs wd wd_end grad_clip alpha lambd freeze_last_layer_epochs
         tau_t_warmup_epochs""",
@@ -77,7 +78,7 @@ def configure(script):
     keys, given = read_keys(script)
     name, dataset = Path(script["__file__"]).stem, given.get("dataset", keys["dataset"])
     preset = script["PRESETS"].get(dataset, {})
-    out = Path(given.get("out_dir") or f"out/{name}-{dataset}")
+    out = Path(given.get("out_dir") or f"out/{name}-{dataset}").expanduser()
     config = {**keys, **preset, "out_dir": str(out)}
     if (out / "config.json").exists() or (out / "ckpt.pt").exists():
         if not given.get("resume"):
@@ -86,12 +87,18 @@ def configure(script):
         if saved.get("script") != name:
             raise UserError(f"{out} holds a run of {saved.get('script')}.py, not of {name}.py: give another --out_dir")
         config |= {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in keys}
+        changed = [k for k, v in given.items() if k not in ("resume", "out_dir", "data_dir") and v != config[k]]
+        for key in {"dataset", "seed"} & set(changed):
+            raise UserError(f"{out} is a run with --{key}={config[key]}: leave --{key} out, or start anew in another --out_dir")
+        if changed:
+            print("changed on resuming: " + " ".join(f"--{k}={given[k]} (was {config[k]})" for k in changed), flush=True)
     elif given.get("resume"):
         raise UserError(f"{out} holds no run to resume (no config.json): leave --resume out, or give its --out_dir")
     elif preset:
         words = " ".join(f"--{k}={v}" for k, v in preset.items() if k not in given)
         print(f"defaults for {dataset}: {words}", flush=True)
-    config |= given
+    config |= given | {"out_dir": str(out)}
+    config["data_dir"] = str(Path(config["data_dir"]).expanduser().absolute())  # so that resuming works from any folder
     check(config)
     script.update(config)
     return config
@@ -124,8 +131,9 @@ def check(config):
     for key, values in CHOICES.items():
         if config.get(key, values[0]) not in values:
             raise UserError(f"--{key}={config[key]} is unknown: choose {' or '.join(value for value in values if value)}")
-    for key in ("image_size", "local_size") if "local_size" in config else ():
-        check_size(config[key], config["patch_size"])
+    for key, used in (("image_size", "n_local" in config), ("local_size", config.get("n_local"))):
+        if used:
+            check_size(config[key], config["patch_size"])
     for key in ("global_scale", "local_scale"):
         low, high = config.get(key, (1, 1))
         if not 0 < low <= high <= 1:
@@ -156,9 +164,13 @@ def low_high(text):
 
 def read_json(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): the run is not to be had without it") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        error = "it holds no keys"
+    except (OSError, ValueError) as broken:
+        error = broken
+    raise UserError(f"{path} cannot be read ({error}): the run is not to be had without it")
 
 
 def setup(device, dtype, seed):
@@ -169,7 +181,7 @@ def setup(device, dtype, seed):
     try:
         device = torch.zeros((), device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device={device} does not work here ({str(error).splitlines()[0]}): try --device=cpu") from None
+        raise UserError(f"--device={device} does not work here ({first_line(error)}): try --device=cpu") from None
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     if device.type == "cpu" and sys.platform == "linux":
@@ -215,7 +227,7 @@ class Run:
         self.bar = tqdm(total=steps, initial=self.start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
         self.shown, self.clock, self.clock_step, self.warned = {}, time.time(), self.start, False
         self.report = other_logger(config)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
@@ -294,17 +306,17 @@ class Run:
                 value.copy_(saved[name]) if isinstance(value, torch.Tensor) else value.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError) as error:
             changed = [k for k, v in saved["config"].items() if self.config.get(k) != v and k != "resume"]
-            raise UserError(f"{path} does not fit; keys that differ from its run: {changed} ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{path} does not fit; keys that differ from its run: {changed} ({first_line(error)})") from None
         self.start, self.seconds = saved["step"], saved["seconds"]
-        lines = (self.dir / "log.jsonl").read_text().splitlines() if (self.dir / "log.jsonl").exists() else []
+        lines = (self.dir / "log.jsonl").read_text(errors="replace").splitlines() if (self.dir / "log.jsonl").exists() else []
         for i, line in enumerate(lines):
             try:
                 row = json.loads(line)
-            except ValueError:
+                self.rows += [row] if row["step"] <= self.start else []
+            except (ValueError, KeyError, TypeError):
                 if i < len(lines) - 1:  # the last may be cut off
                     raise UserError(f"line {i + 1} of {self.dir}/log.jsonl is broken: mend or remove it") from None
                 break
-            self.rows += [row] if row["step"] <= self.start else []
         print(f"resumed {path} at step {self.start}")
 
     def finish(self):
@@ -320,6 +332,10 @@ class Run:
         for key, value in result.items():
             print(f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |")
         print(f"| device | {self.device} |\n\nin {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def git_commit():
@@ -384,7 +400,7 @@ def load_pickle(path, device="cpu"):
     except UserError:
         raise
     except Exception as error:  # torch and zipfile raise many kinds
-        raise UserError(f"{path} is no whole checkpoint ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path} is no whole checkpoint ({first_line(error)})") from None
     if not isinstance(saved, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(saved).__name__}")
     return saved
@@ -405,7 +421,10 @@ def load_backbone(config, device):
         saved = read_json(path / "config.json")
         if "model_args" not in saved or not (path / "model.safetensors").exists():
             raise UserError(f"--ckpt={path} is no export folder: give a run's ckpt.pt or its export/")
-        state, heads = from_safetensors((path / "model.safetensors").read_bytes()), saved["model_args"]["num_heads"]
+        try:
+            state, heads = from_safetensors((path / "model.safetensors").read_bytes()), saved["model_args"]["num_heads"]
+        except Exception as error:
+            raise UserError(f"{path}/model.safetensors is damaged ({first_line(error)})") from None
         about |= {k: saved[k] for k in ("script", "step", "dataset", "data_dir")}
     elif path.exists():
         saved = load_pickle(path, device)
@@ -415,7 +434,7 @@ def load_backbone(config, device):
             heads = saved["config"]["heads"]
             about |= {"script": saved["script"], "step": saved["step"]} | {k: saved["config"][k] for k in ("dataset", "data_dir")}
         elif "cls_token" in state:
-            heads = state["cls_token"].shape[-1] // 64  # of every official DINO ViT
+            heads = max(state["cls_token"].shape[-1] // 64, 1)  # of every official DINO ViT
     else:
         raise UserError(f"--ckpt={path} is not there: give a run's ckpt.pt, its export/, an official DINO .pth, or random")
     try:
@@ -424,7 +443,7 @@ def load_backbone(config, device):
         backbone = ViT(about["image_size"], patch, state["cls_token"].shape[-1], depth, heads)
         backbone.load_state_dict(state)
     except (KeyError, RuntimeError, AttributeError) as error:
-        raise UserError(f"--ckpt={path} holds no ViT of timm's key names ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--ckpt={path} holds no ViT of timm's key names ({first_line(error)})") from None
     return backbone.to(device).eval(), about
 
 
@@ -512,12 +531,6 @@ def correlation_meters(z1, z2):
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def png(figure):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return buffer.getvalue()
-
-
 def curves_picture(rows):
     """curves.png: every column of the log against the step, what belongs together in one panel. Returns the file's bytes."""
     from matplotlib.figure import Figure  # here, for the import takes a second
@@ -533,23 +546,29 @@ def curves_picture(rows):
         axis.set(title=title, xlabel="step")
         if axis.lines:
             axis.legend()
-    return png(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    return buffer.getvalue()
 
 
 def crops_picture(images, views, names):
     """crops.png: images uint8 [b 3 s s] and their views, a list of [b 3 v v], a column each. Returns the file's bytes."""
-    from matplotlib.figure import Figure
+    from PIL import Image, ImageDraw  # not matplotlib: a run starts half a second sooner
 
     from data import MEAN, STD
 
     columns = [images.cpu().float() / 255]
     columns += [v.cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None] for v in views]
-    figure = Figure(figsize=(1.3 * len(columns), 8), layout="constrained")
-    for j, row in enumerate(figure.subplots(6, len(columns))):
-        for axis, column, name in zip(row, columns, ["image", *names], strict=True):
-            axis.axis("off")
-            if j < len(column):
-                pixels, side = einops.rearrange(column[j], "c h w -> h w c").clamp(0, 1).numpy(), column.shape[-1]
-                axis.imshow(pixels, extent=(0, side, 0, side))
-                axis.set(xlim=(0, images.shape[-1]), ylim=(0, images.shape[-1]), title=name if j == 0 else "")
-    return png(figure)
+    zoom = max(128 // images.shape[-1], 1)
+    cell = zoom * images.shape[-1] + 8
+    sheet = Image.new("RGB", (cell * len(columns), cell * len(images) + 20), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (column, name) in enumerate(zip(columns, ["image", *names], strict=True)):
+        pen.text((i * cell + 4, 4), name, "black")
+        for j, pixels in enumerate((column.clamp(0, 1) * 255).byte()):
+            tile = Image.fromarray(einops.rearrange(pixels, "c h w -> h w c").numpy())
+            tile = tile.resize((zoom * tile.width, zoom * tile.height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (i * cell + 4, j * cell + 20))
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="png")
+    return buffer.getvalue()

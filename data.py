@@ -168,21 +168,17 @@ def folder(data_dir, image_size, split):
     root = next((root / name for name in names if (root / name).is_dir()), root)
     if split == "test" and root == Path(data_dir):
         raise UserError(f"{data_dir} has no test/ or val/ folder")
-    others, paths = 0, []
-    for parent, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        images = [name for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
-        paths += [os.path.join(parent, name) for name in images]
-        others += len(files) - len(images)
+    paths, others = image_files(root)
     if not paths:
         found = f"{others} files, none with an image's name ({' '.join(sorted(SUFFIXES))})" if others else "nothing"
         raise UserError(f"{root} holds {found}: put images into {root}/<class>/")
 
     first = [Path(p).relative_to(root).parts for p in paths]
     flat = all(len(parts) == 1 for parts in first)
-    classes = [] if flat else sorted({parts[0] for parts in first if len(parts) > 1})
+    known = first
     if split == "test" and (Path(data_dir) / "train").is_dir():  # numbered as in training
-        classes = sorted(f.name for f in (Path(data_dir) / "train").iterdir() if f.is_dir() and not f.name.startswith("."))
+        known = [Path(p).relative_to(Path(data_dir) / "train").parts for p in image_files(Path(data_dir) / "train")[0]]
+    classes = [] if flat else sorted({parts[0] for parts in known if len(parts) > 1})
     stray = next((p for p, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes), None)
     if stray:
         raise UserError(f"{stray} is in none of the {len(classes)} class folders: move it into one, or make all of them flat")
@@ -190,13 +186,29 @@ def folder(data_dir, image_size, split):
     return Split(cached(root, paths, image_size), labels, classes)
 
 
+def image_files(root):
+    """The images below `root` in order, by name, and how many other files there are."""
+    paths, others = [], 0
+    for parent, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        images = [name for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
+        paths += [os.path.join(parent, name) for name in images]
+        others += len(files) - len(images)
+    return paths, others
+
+
 def cached(root, paths, size):
     """The images at `paths` as one uint8 tensor [n 3 size size] on a memory-mapped file, decoded if it is not there yet."""
-    stamp = "\n".join(f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in paths)
+    try:
+        stamp = "\n".join(f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in paths)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it") from None
     writable = os.access(root.parent, os.W_OK)
     cache = root.parent / ".cache" if writable else Path.home() / ".cache" / "dino-twins"
     file = cache / f"{root.name}-{size}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
-    if not file.exists():
+    try:
+        return torch.from_numpy(np.load(file, mmap_mode="c"))
+    except (OSError, ValueError, EOFError):  # not there yet, or broken
         part = file.with_suffix(f".{os.getpid()}.part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -220,6 +232,8 @@ def decode(path, size):
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
             image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at a half, a quarter or an eighth if that is enough
             image = ImageOps.exif_transpose(image).convert("RGB")
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

@@ -157,6 +157,8 @@ def evaluate(train, labels, test, test_labels, classes, device, images=None, bac
     train, test: {protocol: features [n d]}; labels int64 [n]; `images` uint8 [n 3 s s] of `train` for augmentation.
     """
     held, kept = (index.to(device) for index in balanced(labels.cpu(), 0.1, seed))
+    if len(kept) < classes:
+        raise UserError(f"{len(labels)} labels of {classes} classes are too few to hold some out: give a larger --label_fraction")
     some = None if images is None else images[kept.cpu()]
     part = {k: x[kept] for k, x in train.items()}
     probes, standardise = probe_all(part, labels[kept], classes, SETTINGS, device, some, backbone, autocast, "selecting")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -58,6 +59,8 @@ def train(tmp_path, monkeypatch):
 
     yield run
     sys.excepthook = excepthook
+    for bar in list(getattr(tqdm, "_instances", ())):  # of runs that were stopped: they would speak after pytest
+        bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -143,6 +143,7 @@ def refused(result, code, *words):
         ("--global_scale=1", 2, ["global_scale", "low_high"]),
         ("--global_scale=0.9,0.4", 1, ["global_scale", "0 < low <= high <= 1"]),
         ("--depth=0", 1, ["--depth=0", "from 1 to"]),
+        ("--batch_size=1", 1, ["--batch_size=1", "from 2"]),
         ("--base_lr=nan", 1, ["--base_lr=nan", "a number"]),
         ("--seed=-1", 1, ["--seed=-1", "from 0"]),
         ("--tau_t=0", 1, ["--tau_t=0", "from 1e-06"]),
@@ -212,6 +213,26 @@ def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
     assert flat.labels is None and len(flat.images) == 3
 
 
+def test_a_broken_cache_is_made_anew_and_classes_are_the_trained_ones(tmp_path):
+    folders(tmp_path)
+    few = tmp_path / "few"
+    first = data.load("folder", few, 16).images.clone()
+    cache = next((few / ".cache").iterdir())
+    cache.write_bytes(cache.read_bytes()[:100])
+    assert torch.equal(data.load("folder", few, 16).images, first)
+    (few / "train" / "0-empty").mkdir()  # a folder without images is no class, in neither split
+    (few / "test").mkdir()
+    (few / "test" / "b").symlink_to(few / "train" / "b")
+    train, test = (data.load("folder", few, 16, split) for split in ("train", "test"))
+    assert train.classes == test.classes == ["a", "b"] and test.labels.tolist() == [1] * 4
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    assert abs(int(data.decode(tmp_path / "ramp.png", 16).mean()) - 127) < 2
+
+
 def test_a_flat_folder_trains_without_labels(train, tmp_path):
     folders(tmp_path)
     g = train("hybrid_a.py", dataset="folder", data_dir=tmp_path / "few/train/a", batch_size=2, warmup_epochs=0.0)
@@ -232,11 +253,12 @@ def test_a_run_is_never_overwritten(command, train, tmp_path):
     refused(command("dino.py", out_dir=out), 1, "already holds a run", "--resume=True", "--out_dir")
     refused(command("barlow.py", out_dir=out, resume=True), 1, "dino.py", "not of barlow.py")
     refused(command("dino.py", out_dir=out, resume=True, dim=32), 1, "does not fit", "'dim'")
+    refused(command("dino.py", out_dir=out, resume=True, seed=7), 1, "is a run with --seed=0")
     checkpoint = out / "ckpt.pt"
     whole = checkpoint.read_bytes()
-    for broken, words in ((b"no checkpoint", ["no whole checkpoint"]), (whole[:5000], ["no whole checkpoint"])):
+    for broken in (b"no checkpoint", b"", whole[:5000]):
         checkpoint.write_bytes(broken)
-        refused(command("dino.py", out_dir=out, resume=True), 1, *words)
+        refused(command("dino.py", out_dir=out, resume=True), 1, "no whole checkpoint")
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     checkpoint.write_bytes(flipped)
