@@ -50,7 +50,7 @@ dtype = "auto"  # float32 or bfloat16 for the backbone; auto: bfloat16 on a GPU 
 
 PRESETS = {"shapes": dict(dim=64, depth=3, heads=2)}  # as the training scripts have it, for --ckpt=random
 
-SETTINGS = list(product((0.03, 0.1, 0.3, 1.0), (0.0, 1e-4, 1e-3)))  # learning rate, weight decay
+SETTINGS = list(product((0.1, 0.3, 1.0, 3.0), (0.0, 1e-4, 1e-3)))  # learning rate, weight decay
 NEIGHBOURS = (10, 20, 100, 200)
 
 
