@@ -133,8 +133,9 @@ def trail(train, script, **keys):
 
 @pytest.mark.parametrize("script", ["dino.py", "hybrid_a.py", "hybrid_b.py"])
 def test_teacher_and_centre_follow_their_formulas(train, script):
-    steps, _ = trail(train, script, ema=0.5, ema_end=0.9, center_momentum=0.8, max_steps=4)
+    steps, _ = trail(train, script, ema=0.5, ema_end=0.9, center_momentum=0.8, max_steps=4, base_lr=0.1, warmup_epochs=0)
     assert torch.equal(steps[0][0], steps[0][1])  # one start
+    assert (steps[1][0] - steps[0][0]).abs().max() > 1e-3  # steps so large that another momentum shows
     for step in range(4):
         (_, teacher, center, zt), (student, after, center_after, _) = steps[step], steps[step + 1]
         m = cosine(0.5, 0.9, step, 4)
