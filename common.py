@@ -141,14 +141,19 @@ def check(config):
 
 
 def explain(kind, error, trace):
-    for bar in list(getattr(tqdm, "_instances", ())):  # else it comes behind the sentence
-        bar.close()
+    close_bars()
     if issubclass(kind, UserError):
         print(f"error: {error}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped before the first step: nothing to save", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def close_bars():
+    """Closes the progress bars of what was broken off: left open, they write behind the last sentence."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def true_or_false(text):

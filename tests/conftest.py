@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -59,8 +58,7 @@ def train(tmp_path, monkeypatch):
 
     yield run
     sys.excepthook = excepthook
-    for bar in list(getattr(tqdm, "_instances", ())):  # of runs that were stopped: they would speak after pytest
-        bar.close()
+    common.close_bars()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
