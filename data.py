@@ -139,20 +139,25 @@ def cifar(name, data_dir, split):
     """CIFAR-10 or -100 by torchvision: a local copy (checksums tested) if `data_dir` holds one, else a download."""
     from torchvision.datasets import CIFAR10, CIFAR100  # here, for the import takes a second
 
-    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    data = fetch({"cifar10": CIFAR10, "cifar100": CIFAR100}[name], data_dir, train=split == "train")
+    images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
+    return Split(images, torch.tensor(data.targets), data.classes)
+
+
+def fetch(kind, data_dir, **which):
+    """A torchvision data set: the local copy (checksums tested) if `data_dir` holds one, else a download."""
     try:
-        data = kind(data_dir, train=split == "train")
+        return kind(data_dir, **which)
     except RuntimeError:  # absent, or a checksum differs
         socket.setdefaulttimeout(20)
         try:
-            data = kind(data_dir, train=split == "train", download=True)
+            return kind(data_dir, **which, download=True)
         except (OSError, RuntimeError) as error:
+            where, url = getattr(kind, "base_folder", ""), getattr(kind, "url", "the address in torchvision's documentation")
             raise UserError(
-                f"{data_dir}/{kind.base_folder} holds no whole copy of {name}, and its download failed ({error}). Put the "
-                f"unpacked {kind.filename} there (from {kind.url}), or use --dataset=shapes, which needs no files."
+                f"{data_dir}/{where} holds no whole copy of {kind.__name__}, and its download failed ({error}). Put the unpacked files "
+                f"there (from {url}), or use --dataset=shapes, which needs no files."
             ) from None
-    images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
-    return Split(images, torch.tensor(data.targets), data.classes)
 
 
 def folder(data_dir, image_size, split):

@@ -1,0 +1,399 @@
+"""Attention maps of one or more backbones: pictures, figures, and a test whether they differ by more than seeds do.
+
+A map is [CLS]'s attention to the patches in one block, of one head or the mean of all, scaled to sum 1. A mask keeps the
+largest patches that hold 60 % of it (DINO, 2104.14294, figure 4). Two maps p, q of an image differ by the Jensen-Shannon
+divergence, 0 to 1 bit:
+
+    JSD(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2        d[r, s] = mean over images, of the mean maps of runs r and s
+
+    effect = mean d between groups - mean d within groups        p = share of all ways to deal the runs out with an effect as large
+
+Runs are dealt out, all images of a run together, for a run is what a seed makes anew: exchanging images alone would take two
+seeds of one script for two scripts. The interval is a bootstrap over images, for these runs.
+
+    python attn_viz.py --ckpt=out/dino-shapes/ckpt.pt,out/barlow-shapes/ckpt.pt                 pictures and figures
+    python attn_viz.py --ckpt=dino=a/ckpt.pt:b/ckpt.pt,barlow=c/ckpt.pt:d/ckpt.pt               groups: the test too
+
+Letters in shapes:  n images  h heads  y x patch grid  k patches  r runs  s image side
+"""
+
+import io
+import json
+import math
+import re
+from itertools import combinations, pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from tqdm import tqdm
+
+from common import UserError, configure_evaluation, git_commit, load_backbone, setup, write_file
+from data import Split, decode, image_files, load, normalise
+from masks import has_masks, load_masks
+from vit import check_size
+
+ckpt = ""  # what to look at: A,B,... or name=A:B,name=C:D; each a ckpt.pt, an export folder, an official DINO .pth, or random
+weights = "teacher"  # or student, where a checkpoint has both
+dataset = ""  # shapes, cifar10, cifar100, folder, voc2012, pet or imagenet_s; empty: what the first run was trained on
+data_dir = ""  # where its files are; empty: where the first run found them
+images = ""  # a folder of your own images instead
+out_dir = ""  # where pictures and attention.json go; empty: next to the first checkpoint
+image_size = 0  # pixels; 0: what the first backbone was trained with
+n_images = 500  # at most so many images of the test set for the figures
+rows = 6  # images in attention.png
+blocks = "last"  # or all: attention.png shows the mean map of every block
+patch_size = 4  # pixels, of --ckpt=random
+dim = 192  # width, of --ckpt=random
+depth = 12  # blocks, of --ckpt=random
+heads = 3  # attention heads, of --ckpt=random
+permutations = 10000  # random ways to deal the runs out
+seed = 0  # of the choice of images, the permutations and the bootstrap
+device = "auto"  # cuda, mps or cpu; auto: the first of them that is here
+dtype = "float32"  # or bfloat16 for the backbone; auto: bfloat16 on a GPU that has it
+
+PRESETS = {"shapes": dict(dim=64, depth=3, heads=2)}  # as the training scripts have it, for --ckpt=random
+
+
+def read_groups(text):
+    """'A,B' or 'name=A:B,name=C:D' -> {name: [checkpoint, ...]}; a checkpoint without a name is called after its folder."""
+    groups = {}
+    for item in filter(None, text.split(",")):
+        named = None if Path(item).exists() else re.match(r"([^/=]+)=(.+)$", item)
+        folder = Path(item).absolute()
+        name = named[1] if named else item if item == "random" else folder.name if folder.is_dir() else folder.parent.name
+        if name in groups:
+            raise UserError(f"--ckpt has two groups called {name}: name them, --ckpt=a=A/ckpt.pt,b=B/ckpt.pt")
+        groups[name] = named[2].split(":") if named else [item]
+    return groups
+
+
+# ----------------------------------------------------------------------------------------------------------------- maps
+
+
+@torch.no_grad()
+def attend(backbone, images, device, autocast, block=-1):
+    """Images uint8 [n 3 s s] -> maps [n h y x], each of sum 1, and the mean attention distance of each head [h] in pixels.
+
+    The distance is between the middles of two patches, weighted by the attention of the one to the other (2010.11929, D.8).
+    """
+    side, heads = images.shape[-1] // backbone.patch_size, backbone.blocks[0].attn.heads
+    at = backbone.patch_size * torch.cartesian_prod(*[torch.arange(side, device=device).float()] * 2)
+    far, maps, distance = torch.cdist(at, at), [], 0
+    for chunk in images.split(max(2**24 // (heads * (side**2 + 1) ** 2), 1)):  # 64 MiB of attention
+        with autocast:
+            a = backbone.attention(normalise(chunk.to(device).float() / 255), block)[..., 1:].float()
+        a = a / a.sum(-1, keepdim=True)
+        maps.append(a[:, :, 0].cpu())
+        distance = distance + (a[:, :, 1:] * far).sum((0, 2, 3)) / side**2
+    return rearrange(torch.cat(maps), "n h (y x) -> n h y x", y=side), (distance / len(images)).cpu()
+
+
+def keep_mass(maps, share):
+    """The largest patches of each map [... y x] that together hold `share` of it: bool [... y x]. As DINO's visualize_attention."""
+    flat = maps.flatten(-2)
+    ordered, order = flat.sort(-1)
+    kept = ordered.cumsum(-1) / flat.sum(-1, keepdim=True) > 1 - share
+    return torch.zeros_like(kept).scatter(-1, order, kept).view(maps.shape)
+
+
+def entropy(p):
+    """Entropy in bits of distributions p [... k] -> [...]."""
+    return -torch.special.xlogy(p, p).sum(-1) / math.log(2)
+
+
+def divergence(p, q):
+    """Jensen-Shannon divergence in bits of distributions p, q [... k] -> [...]: 0 where equal, 1 where nothing is shared."""
+    return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).clamp(min=0)
+
+
+def jaccard(kept, masks):
+    """DINO's VOC protocol: patches kept by each head, bool [n h y x], against masks int16 [n s s] -> (best head, per head [h]).
+
+    For each class of an image except background, intersection over union of its pixels and the kept ones, what does not
+    count left out of both; the mean over an image's classes, then over images that have any. The best head is chosen for each
+    image and class. Raises UserError when no mask has an object.
+    """
+    kept = F.interpolate(kept.float(), size=masks.shape[-2:], mode="nearest").bool()
+    total, objects = torch.zeros(len(masks), 1 + kept.shape[1]), torch.zeros(len(masks))
+    for c in masks[masks > 0].unique():
+        has = (masks == c).flatten(1).any(1)
+        truth, counts = (masks[has] == c)[:, None], (masks[has] >= 0)[:, None]
+        both, either = ((x & counts).sum((2, 3)) for x in (kept[has] & truth, kept[has] | truth))
+        iou = both / either
+        total[has] += torch.cat([iou.amax(1, keepdim=True), iou], 1)
+        objects[has] += 1
+    if not objects.any():
+        raise UserError("no mask has an object: there is nothing to compare attention with")
+    best, *each = (total / objects[:, None])[objects > 0].mean(0).tolist()
+    return best, each
+
+
+def describe(maps, distance, masks=None):
+    """The figures of one run: maps [n h y x], distance [h], masks int16 [n s s] or None."""
+    flat, mean = maps.flatten(2), maps.mean(1, keepdim=True)
+    pairs = list(combinations(range(maps.shape[1]), 2))
+    figures = {"entropy_bits": entropy(flat).mean(0).tolist(), "entropy_uniform": math.log2(flat.shape[-1])}
+    figures |= {"distance_pixels": distance.tolist()}
+    figures["head_diversity_bits"] = sum(divergence(flat[:, i], flat[:, j]).mean().item() for i, j in pairs) / max(len(pairs), 1)
+    if masks is not None:
+        share = F.adaptive_avg_pool2d(torch.stack([(masks > 0).float(), (masks >= 0).float()], 1), maps.shape[-2:])
+        some = share[:, 0].sum((1, 2)) > 0  # images with an object
+        inside = (maps * share[:, :1]).sum((2, 3)) / (maps * share[:, 1:]).sum((2, 3)).clamp(min=1e-9)
+        area = share[:, 0].sum((1, 2)) / share[:, 1].sum((1, 2)).clamp(min=1e-9)
+        figures |= {"mass_in_mask": inside[some].mean(0).tolist(), "area_of_mask": area[some].mean().item()}
+        for percent in (60, 80):
+            best, each = jaccard(keep_mass(maps, percent / 100), masks)
+            whole, _ = jaccard(keep_mass(mean, percent / 100), masks)
+            figures[f"jaccard_{percent}"] = {"best_head": best, "mean_map": whole, "heads": each}
+    return figures
+
+
+# ----------------------------------------------------------------------------------------------------------------- test
+
+
+def divergences(maps):
+    """Mean maps of r runs, each [n y x], grids may differ -> d [n r r] in bits, on the coarsest grid."""
+    side = min(m.shape[-1] for m in maps)
+    flat = [F.adaptive_avg_pool2d(m, side).flatten(1) for m in maps]
+    p = torch.stack([m / m.sum(-1, keepdim=True) for m in flat], 1)
+    return divergence(p[:, :, None], p[:, None])
+
+
+def between_within(d, groups):
+    """d [... r r] and the group of each run [... r] -> mean d of pairs of runs of two groups, and of one group, each [...]."""
+    pair = torch.ones(d.shape[-2:]).triu(1)
+    same = (groups[..., :, None] == groups[..., None, :]) * pair
+    between, within = ((d * some).sum((-2, -1)) / some.sum((-2, -1)) for some in (pair - same, same))
+    return between, within
+
+
+def permutation_test(d, groups, permutations, seed):
+    """Do groups of runs differ by more than runs of one group do? d [n r r], groups int64 [r].
+
+    Returns {between, within, effect, ratio, interval95, p, smallest_p}; without two runs in some group there is no within,
+    and only `between` is returned.
+    """
+    mean, rng = d.mean(0), np.random.default_rng((seed, 5))
+    between, within = between_within(mean, groups)
+    sizes = groups.unique(return_counts=True)[1].tolist()
+    if max(sizes) < 2:
+        return {"between": between.item()}
+    effect = between - within
+    dealt = torch.from_numpy(rng.permuted(np.tile(groups, (permutations, 1)), axis=1))
+    effects = torch.sub(*between_within(mean, dealt))
+    p = (1 + (effects >= effect - 1e-9).sum().item()) / (1 + permutations)
+    ways = math.factorial(len(groups)) / math.prod(math.factorial(n) for n in sizes)
+    ways /= math.prod(math.factorial(sizes.count(n)) for n in set(sizes))  # groups of one size can change names
+    each = torch.sub(*between_within(d, groups))  # [n]
+    again = each[torch.from_numpy(rng.integers(len(each), size=(2000, len(each))))].mean(1)
+    interval = again.quantile(torch.tensor([0.025, 0.975])).tolist()
+    result = {"between": between.item(), "within": within.item(), "effect": effect.item(), "ratio": (between / within).item()}
+    return result | {"interval95": interval, "p": p, "smallest_p": 1 / ways}
+
+
+def sentence(test, names, level=0.05):
+    """The answer in words."""
+    if "p" not in test:
+        return (
+            f"{' and '.join(names)} differ by {test['between']:.3f} bits. Whether that is more than another seed would make cannot "
+            "be said: give two runs or more of a script, --ckpt=name=A/ckpt.pt:B/ckpt.pt,..."
+        )
+    low, high = test["interval95"]
+    figures = (
+        f"{test['between']:.3f} bits between scripts, {test['within']:.3f} between seeds of one ({test['ratio']:.2f} times; "
+        f"effect {test['effect']:.3f} bits, {low:.3f} to {high:.3f} over images), p = {test['p']:.2g}"
+    )
+    if test["p"] <= level:
+        return f"The attention maps of {', '.join(names)} differ by more than seeds do: {figures}."
+    more = f"; so few runs cannot give a p below {test['smallest_p']:.2g}: train more seeds" if test["smallest_p"] > level else ""
+    return f"No difference between the attention maps of {', '.join(names)} beyond that of seeds is shown: {figures}{more}."
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def attention_picture(images, panels, masks=None):
+    """attention.png: images uint8 [n 3 s s]; panels {name: {title: maps [n y x] or bool masks [n y x]}}; masks [n s s] or None.
+
+    Maps are in units of uniform attention, one colour scale for all; a mask leaves the image bright where it is true.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    shown = [m * m[0].numel() for columns in panels.values() for m in columns.values() if m.dtype != torch.bool]
+    scale = ScalarMappable(Normalize(0, max(m.flatten().quantile(0.99).item() for m in shown)), "inferno")
+    size, widths = images.shape[-1], [1.0, *(len(columns) for columns in panels.values()), 0.8]
+    figure = Figure(figsize=(1.15 * sum(widths), 1.15 * len(images) + 0.8), layout="constrained")
+    *parts, last = figure.subfigures(1, len(widths), width_ratios=widths)
+    pixels = rearrange(images, "n c h w -> n h w c").numpy() / 255
+    grey = pixels.mean(-1, keepdims=True)
+    everything = {"": {"image": None}} | panels
+    for part, (name, columns) in zip(parts, everything.items(), strict=True):
+        part.suptitle(name or " ", fontsize=10, weight="bold")
+        grid = part.subplots(len(images), len(columns), squeeze=False)
+        for j, (title, maps) in enumerate(columns.items()):
+            grid[0, j].set_title(title, fontsize=8)
+            for i in range(len(images)):
+                if maps is None:
+                    over = pixels[i]
+                elif maps.dtype == torch.bool:
+                    kept = F.interpolate(maps[i][None, None].float(), size=(size, size), mode="nearest")[0, 0, :, :, None].numpy()
+                    over = pixels[i] * (0.2 + 0.8 * kept)
+                else:
+                    smooth = F.interpolate(maps[i][None, None] * maps[i].numel(), size=(size, size), mode="bilinear")[0, 0]
+                    over = 0.35 * grey[i] + 0.65 * scale.to_rgba(smooth.numpy())[..., :3]
+                grid[i, j].imshow(over, interpolation="nearest")
+                if maps is None and masks is not None:
+                    grid[i, j].contour(masks[i] > 0, levels=[0.5], colors="cyan", linewidths=1)
+                grid[i, j].axis("off")
+    last.colorbar(scale, cax=last.add_axes((0.1, 0.1, 0.25, 0.75)), label="attention, times uniform", extend="max")
+    return png(figure)
+
+
+def divergence_picture(mean, names, groups):
+    """divergence.png: d [r r] in bits between runs, and its means between groups of `names`; the group of each run int64 [r]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    k = len(names)
+    image = left.imshow(mean, cmap="viridis", vmin=0)
+    starts = [int((groups < g).sum()) for g in range(k + 1)]
+    for edge in starts[1:-1]:
+        left.axhline(edge - 0.5, color="white")
+        left.axvline(edge - 0.5, color="white")
+    middles = [(a + b - 1) / 2 for a, b in pairwise(starts)]
+    table = np.full((k, k), np.nan)
+    for a in range(k):
+        for b in range(k):
+            block = mean[groups == a][:, groups == b]
+            pairs = block[~torch.eye(len(block), dtype=torch.bool)] if a == b else block
+            table[a, b] = pairs.mean() if pairs.numel() else np.nan
+    right.imshow(table, cmap="viridis", vmin=0, vmax=float(mean.max()))
+    for a, b in np.argwhere(~np.isnan(table)):
+        right.text(b, a, f"{table[a, b]:.3f}", ha="center", va="center", color="white" if table[a, b] < 0.6 * mean.max() else "black")
+    titles = "each run against each", "means of groups; diagonal: seeds of one script"
+    for axis, title, ticks in zip((left, right), titles, (middles, range(k)), strict=True):
+        axis.set(title=title, xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
+        axis.tick_params(axis="x", labelrotation=30)
+    figure.colorbar(image, ax=(left, right), label="Jensen-Shannon divergence of mean attention maps, bits")
+    return png(figure)
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def own_images(folder, size):
+    """A folder's images uint8 [n 3 size size], and the names of files that cannot be read, each of which is printed."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--images={folder} is no folder")
+    made, broken = [], []
+    for path in image_files(folder)[0]:
+        try:
+            made.append(torch.from_numpy(decode(path, size).copy()))
+        except UserError as error:
+            print(f"left out: {error}")
+            broken.append(path)
+    if not made:
+        raise UserError(f"--images={folder} holds no image that can be read")
+    if broken:
+        print(f"{len(broken)} of {len(made) + len(broken)} images left out")
+    return torch.stack(made), broken
+
+
+def choose_images(dataset, data_dir, size, n, seed):
+    """At most `n` random images of a test set, with masks where it has them: Split."""
+    data = load_masks(dataset, data_dir, size, "test") if has_masks(dataset, data_dir) else load(dataset, data_dir, size, "test")
+    some = torch.from_numpy(np.random.default_rng((seed, 6)).permutation(len(data.images))[:n])
+    return data._replace(images=data.images[some], labels=None, masks=None if data.masks is None else data.masks[some])
+
+
+if __name__ == "__main__":
+    config = configure_evaluation(globals())
+    if blocks not in ("last", "all"):
+        raise UserError(f"--blocks={blocks} is unknown: choose last or all")
+    device, autocast = setup(device, dtype, seed)
+    groups = read_groups(ckpt)
+    runs = [(name, path, *load_backbone(config | {"ckpt": path}, device)) for name, paths in groups.items() for path in paths]
+    _, _, first, about = runs[0]
+    shape = {"patch_size": first.patch_size, "dim": first.dim, "depth": len(first.blocks), "heads": first.blocks[0].attn.heads}
+    image_size = image_size or about["image_size"]
+    for _ in range(0 if "random" in groups else 3):  # the floor
+        runs.append(("random", "random", *load_backbone(config | shape | {"ckpt": "random", "image_size": image_size}, device)))
+    for _, _, backbone, _ in runs:
+        check_size(image_size, backbone.patch_size)
+    skipped = []
+    if images:
+        pixels, skipped = own_images(images, image_size)
+        data = Split(pixels, None, [])
+    else:
+        dataset, data_dir = dataset or about.get("dataset", ""), data_dir or about.get("data_dir", "data")
+        if not dataset:
+            raise UserError(f"--ckpt={ckpt} does not say what it was trained on: give --dataset, or --images=FOLDER")
+        data = choose_images(dataset, data_dir, image_size, n_images, seed)
+
+    report, means, panels = [], [], {}
+    for name, path, backbone, known in tqdm(runs, "attention", unit="run", disable=len(data.images) < 100):
+        maps, distance = attend(backbone, data.images, device, autocast)
+        report.append({"group": name, "ckpt": path, "checkpoint": known} | describe(maps, distance, data.masks))
+        means.append(maps.mean(1))
+        if name in panels:
+            continue  # a picture shows the first run of a group
+        if blocks == "all":
+            layers = [attend(backbone, data.images[:rows], device, autocast, block)[0] for block in range(len(backbone.blocks))]
+            panels[name] = {f"block {i + 1}": layer.mean(1) for i, layer in enumerate(layers)}
+        else:
+            some = maps[:rows]
+            panels[name] = {"mean": some.mean(1)} | {f"head {i + 1}": some[:, i] for i in range(some.shape[1])}
+            panels[name]["60 % kept"] = keep_mass(some.mean(1), 0.6)
+
+    names = list(dict.fromkeys(name for name, *_ in runs))
+    of = torch.tensor([names.index(name) for name, *_ in runs])
+    d = divergences(means)
+    asked = torch.tensor([name in groups and name != "random" for name, *_ in runs])
+    tested = [name for name in groups if name != "random"]
+    tests = {}
+    for some in [tested, *(combinations(tested, 2) if len(tested) > 2 else [])]:
+        if len(some) > 1:
+            chosen = asked & torch.tensor([name in some for name, *_ in runs])
+            tests[" ".join(some)] = permutation_test(d[:, chosen][:, :, chosen], of[chosen], permutations, seed)
+
+    masked = data.masks is not None
+    print(f"\n{len(data.images)} images of {images or dataset}, {image_size} pixels, last block; means over heads, images and runs\n")
+    columns = ["entropy, bits", "distance, pixels", "head diversity, bits"]
+    columns += ["mass in mask", "J60 best head", "J60 mean map", "J80 best head", "J80 mean map"] * masked
+    print(f"| group | runs | {' | '.join(columns)} |\n|---|---:|{'---:|' * len(columns)}")
+    for name in names:
+        mine = [row for row in report if row["group"] == name]
+        cells = [[np.mean(row[key]) for row in mine] for key in ("entropy_bits", "distance_pixels", "head_diversity_bits")]
+        if masked:
+            cells.append([np.mean(row["mass_in_mask"]) for row in mine])
+            cells += [[row[f"jaccard_{p}"][key] for row in mine] for p in (60, 80) for key in ("best_head", "mean_map")]
+        print(f"| {name} | {len(mine)} | " + " | ".join(f"{np.mean(c):.3f} ± {np.std(c):.3f}" for c in cells) + " |")
+    floor = f"uniform attention has an entropy of {report[0]['entropy_uniform']:.2f} bits"
+    print(f"\n{floor}" + (f" and {report[0]['area_of_mask']:.3f} of its mass in the mask" if masked else ""))
+    for some, test in tests.items():
+        print(f"\n{sentence(test, some.split())}" if some == " ".join(tested) else sentence(test, some.split()))
+
+    if ckpt.split(",")[0] == "random":
+        folder = Path(out_dir or f"out/random-{dataset or 'images'}")
+    else:
+        path = Path(next(iter(groups.values()))[0])
+        folder = Path(out_dir or (path if path.is_dir() else path.parent))
+    about = {"names": names, "group_of_run": of.tolist(), "divergence_bits": d.mean(0).tolist(), "tests": tests, "skipped": skipped}
+    about |= {"images": len(data.images), "image_size": image_size, "git_commit": git_commit(), "torch": torch.__version__}
+    write_file(folder / "attention.json", json.dumps(config | {"dataset": dataset, "runs": report} | about, indent=1))
+    shown = None if data.masks is None else data.masks[:rows]
+    write_file(folder / "attention.png", attention_picture(data.images[:rows], panels, shown))
+    write_file(folder / "divergence.png", divergence_picture(d.mean(0), names, of))
+    print(f"\nwrote {folder}/attention.png divergence.png attention.json")
