@@ -38,8 +38,8 @@ RANGES = {  # lowest and highest value of a script's keys
     (2, math.inf): "batch_size",  # one image has no batch statistics
     (1, math.inf): """epochs dim depth heads patch_size log_every eval_every save_every out_dim hidden_dim bottleneck_dim
         proj_dim knn_bank knn_queries""",
-    (0, math.inf): """seed max_steps n_local base_lr min_lr warmup_epochs wd wd_end grad_clip alpha lambd freeze_last_layer_epochs
-        tau_t_warmup_epochs""",
+    (0, math.inf): """seed memory_gib max_steps n_local base_lr min_lr warmup_epochs wd wd_end grad_clip alpha lambd
+        freeze_last_layer_epochs tau_t_warmup_epochs""",
     (0, 1): "ema ema_end center_momentum label_fraction",
     (0, 0.99): "drop_path",
     (1e-6, math.inf): "tau_s tau_t tau_t_start",
@@ -54,7 +54,7 @@ def read_keys(script):
     """
     sys.excepthook = explain
     keys = {k: v for k, v in script.items() if k[0] != "_" and k.islower() and isinstance(v, bool | int | float | str | tuple)}
-    meaning = dict(re.findall(r"^(\w+) = [^#\n]+# (.+)$", Path(script["__file__"]).read_text(encoding="utf-8"), re.M))
+    meaning = dict(re.findall(r"^ *(\w+) = [^#\n]+# (.+)$", Path(script["__file__"]).read_text(encoding="utf-8"), re.M))
     parser = argparse.ArgumentParser(
         description=script["__doc__"], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -456,15 +456,15 @@ def load_backbone(config, device):
 
 
 @torch.no_grad()
-def features(backbone, images, device, autocast, batch_size=500):
-    """[CLS] features float32 [n d] of uint8 images [n 3 s s]."""
+def features(backbone, images, rows, device, autocast, batch_size=500):
+    """[CLS] features float32 [m d] of some rows int64 [m] of uint8 images [n 3 s s]."""
     from data import normalise
 
     was, out = backbone.training, []
     backbone.eval()
-    for chunk in images.split(batch_size):
+    for some in rows.split(batch_size):
         with autocast:
-            z = backbone(normalise(chunk.to(device).float() / 255))
+            z = backbone(normalise(images[some].to(device).float() / 255))
         out.append(z.float())
     backbone.train(was)
     return torch.cat(out)
@@ -483,16 +483,17 @@ def knn(bank, bank_labels, queries, k=20, temperature=0.07):
     return torch.cat(votes)
 
 
-def evaluate(backbone, bank, queries, device, autocast):
+def evaluate(backbone, data, bank, queries, device, autocast):
     """One evaluation row: knn (share of the queries that are right, absent without labels), feature_std, rank.
 
-    bank, queries: Split. feature_std is the mean column's std of L2-normalised features times sqrt(d), 1 when they fill the
-    sphere and 0 when they collapse (SimSiam, 2011.10566); rank is RankMe (2210.02885), exp of the entropy of the singular values.
+    data: Split; bank, queries: rows of it, int64 [m]. feature_std is the mean column's std of L2-normalised features times sqrt(d),
+    1 when they fill the sphere and 0 when they collapse (SimSiam, 2011.10566); rank is RankMe (2210.02885), exp of the entropy of
+    the singular values.
     """
-    z, row = features(backbone, bank.images, device, autocast), {}
-    if bank.labels is not None:
-        votes = knn(z, bank.labels.to(device), features(backbone, queries.images, device, autocast))
-        row["knn"] = (votes.argmax(1) == queries.labels.to(device)).float().mean()
+    z, row = features(backbone, data.images, bank, device, autocast), {}
+    if len(queries):
+        votes = knn(z, data.labels[bank].to(device), features(backbone, data.images, queries, device, autocast))
+        row["knn"] = (votes.argmax(1) == data.labels[queries].to(device)).float().mean()
     z = F.normalize(z[:4096], dim=1)
     p = torch.linalg.svdvals(z)
     p = p / p.sum() + 1e-7

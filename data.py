@@ -23,33 +23,36 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
+import decoding
 from common import UserError
 
-DATASETS = ("shapes", "cifar10", "cifar100", "folder")
+DATASETS = ("shapes", "cifar10", "cifar100", "imagenet32", "stl10", "folder")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set: one model fits all
 
 
 class Split(NamedTuple):
     images: torch.Tensor  # uint8 [n 3 s s]
-    labels: torch.Tensor | None  # int64 [n]; None: a flat folder
+    labels: torch.Tensor | None  # int64 [n], -1 where there is none; None: a flat folder
     classes: list[str]
     masks: torch.Tensor | None = None  # uint8 [n s s], 1 on the object; only `shapes` has them
 
 
-def load(dataset, data_dir, image_size, split="train"):
+def load(dataset, data_dir, image_size, split="train", skip_bad_images=False):
     """One split, 'train' or 'test', of a data set, every image `image_size` pixels square.
 
     Raises UserError for an unknown data set, absent or broken files, and a download that fails.
     """
+    if dataset == "folder":
+        return folder(data_dir, image_size, split, skip_bad_images)
+    if dataset not in DATASETS:
+        raise UserError(f"--dataset={dataset} is unknown: choose one of {', '.join(DATASETS)}")
     if dataset == "shapes":
         data = shapes(split)
-    elif dataset in ("cifar10", "cifar100"):
-        data = cifar(dataset, data_dir, split)
-    elif dataset == "folder":
-        return folder(data_dir, image_size, split)
+    elif dataset == "imagenet32":
+        data = imagenet32(Path(data_dir), split)
     else:
-        raise UserError(f"--dataset={dataset} is unknown: choose one of {', '.join(DATASETS)}")
+        data = torchvision_set(dataset, data_dir, split)
     if data.images.shape[-1] == image_size:
         return data
     masks = None if data.masks is None else resize(data.masks[:, None], image_size, "nearest")[:, 0]
@@ -62,24 +65,49 @@ def resize(images, size, mode):
 
 
 def training_split(data, knn_bank, knn_queries, batch_size):
-    """The images to train on, and the k-NN monitor's bank (some of them) and queries, both Split.
+    """Which images to train on, and which are the k-NN monitor's bank (of those with a label) and queries: three int64 [m].
 
-    Queries are from a 10 % of the images that is held out of training, the same for every run and seed. Without labels there
-    are no queries and nothing is held out. Raises UserError when a batch is larger than what is left.
+    Queries are from a 10 % of the labelled images that is held out of training, the same for every run and seed. Without labels
+    there are no queries and nothing is held out. Raises UserError when a batch is larger than what is left.
     """
     n = len(data.images)
     order = torch.from_numpy(np.random.default_rng(0).permutation(n))
-    held, kept = order[: n // 10], order[n // 10 :]
+    labelled = order if data.labels is None else order[data.labels[order] >= 0]
+    held = labelled[: len(labelled) // 10]
     if data.labels is None:
-        print("no class folders, so no labels: training on all images, the k-NN monitor is off")
-        held, kept = order[:0], order
+        print("no class folders, so no labels: training on all images, the k-NN monitor is off", flush=True)
+        held = order[:0]
+    kept = order[~torch.isin(order, held)]
     if batch_size > len(kept):
         raise UserError(f"--batch_size={batch_size} is larger than the {len(kept)} images to train on ({n} less what is held out)")
+    return kept, labelled[len(held) :][:knn_bank], held[:knn_queries]
 
-    def part(index):
-        return Split(data.images[index], None if data.labels is None else data.labels[index], data.classes)
 
-    return data.images[kept], part(kept[:knn_bank]), part(held[:knn_queries])
+class Batches:
+    """Batches(...)(step): the images of a step, uint8 [b 3 s s] on `device`.
+
+    Images of up to `memory_gib` are held on the device, a larger set is read from its file two steps ahead, in the background.
+    """
+
+    def __init__(self, images, kept, batch_size, seed, device, memory_gib):
+        gib = images[0].numel() * len(images) / 2**30
+        self.pool = None if gib <= memory_gib else ThreadPoolExecutor(1)
+        if self.pool:
+            print(f"{gib:.3g} GiB of images, more than --memory_gib={memory_gib:g}: they are read ahead from disk", flush=True)
+        self.images = images if self.pool else images.to(device)
+        self.rows, self.batch_size, self.seed, self.device, self.ahead = kept, batch_size, seed, device, {}
+
+    def read(self, step):
+        batch = self.images[self.rows[batch_indices(len(self.rows), self.batch_size, self.seed, step)]]
+        return batch.pin_memory() if self.pool and self.device.type == "cuda" else batch
+
+    def __call__(self, step):
+        if self.pool is None:
+            return self.read(step)
+        for soon in range(step, step + 3):
+            if soon not in self.ahead:
+                self.ahead[soon] = self.pool.submit(self.read, soon)
+        return self.ahead.pop(step).result().to(self.device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ data sets
@@ -135,17 +163,26 @@ def paint_shapes(n, g):
     return (images.clamp(0, 1) * 255).round().to(torch.uint8), labels, masks.to(torch.uint8)
 
 
-def cifar(name, data_dir, split):
-    """CIFAR-10 or -100 by torchvision: a local copy (checksums tested) if `data_dir` holds one, else a download."""
-    from torchvision.datasets import CIFAR10, CIFAR100  # here, for the import takes a second
+def torchvision_set(name, data_dir, split):
+    """CIFAR-10, CIFAR-100 or STL-10, whose training part is joined by its 100,000 images without a label (-1)."""
+    from torchvision.datasets import CIFAR10, CIFAR100, STL10  # here, for the import takes a second
 
+    if name == "stl10":
+        data = fetch(STL10, data_dir, split="train+unlabeled" if split == "train" else "test")
+        return Split(torch.from_numpy(data.data), torch.from_numpy(data.labels).long(), data.classes)
     data = fetch({"cifar10": CIFAR10, "cifar100": CIFAR100}[name], data_dir, train=split == "train")
     images = rearrange(torch.from_numpy(data.data), "n h w c -> n c h w").contiguous()
     return Split(images, torch.tensor(data.targets), data.classes)
 
 
 def fetch(kind, data_dir, **which):
-    """A torchvision data set: the local copy (checksums tested) if `data_dir` holds one, else a download."""
+    """A torchvision data set: the local copy (checksums tested) if `data_dir` holds one, else a download.
+
+    The environment variable DINO_TWINS_MIRROR is where to download from instead: <mirror>/<the file's name>.
+    """
+    mirror = os.environ.get("DINO_TWINS_MIRROR")
+    if mirror and hasattr(kind, "filename"):
+        kind = type(kind.__name__, (kind,), {"url": f"{mirror.rstrip('/')}/{kind.filename}"})
     try:
         return kind(data_dir, **which)
     except RuntimeError:  # absent, or a checksum differs
@@ -160,7 +197,34 @@ def fetch(kind, data_dir, **which):
             ) from None
 
 
-def folder(data_dir, image_size, split):
+def imagenet32(root, split):
+    """Downsampled ImageNet (1707.08819) as published: npz files of `data` uint8 [n 3072] and `labels` from 1."""
+    names = sorted(root.glob("train_data_batch_*.npz"), key=lambda p: (len(p.name), p.name))
+    files = names if split == "train" else [root / "val_data.npz"]
+    if not files or not files[0].exists():
+        raise UserError(
+            f"{root} holds no {files[0].name if files else 'train_data_batch_1.npz'}: get the npz files of the 32 x 32 images from "
+            "https://image-net.org/download-images, after signing in, and unpack them there"
+        )
+    images, labels = [], []
+    for file in tqdm(files, f"reading {root}", unit=" files", disable=len(files) < 2):
+        try:
+            with np.load(file, allow_pickle=False) as content:
+                pixels, classes = content["data"], np.asarray(content["labels"])
+        except Exception as error:  # numpy and zipfile raise many kinds for broken files
+            raise UserError(f"{file} is no whole batch of ImageNet-32 ({error}): download it again") from None
+        if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
+            raise UserError(f"{file} holds data {pixels.dtype} {list(pixels.shape)}, not uint8 [n 3072]: 32 x 32 images are needed")
+        if classes.shape != pixels.shape[:1] or classes.dtype.kind not in "iu" or (classes < 1).any():
+            few = f"{classes.dtype} {list(classes.shape)}, the first {classes.flat[0]}"
+            raise UserError(f"{file} has labels {few}: a number for each image, counted from 1, is needed")
+        images.append(torch.from_numpy(pixels.reshape(-1, 3, 32, 32)))
+        labels.append(torch.from_numpy(classes.astype(np.int64) - 1))
+    labels = torch.cat(labels)
+    return Split(torch.cat(images), labels, [str(i + 1) for i in range(int(labels.max()) + 1)])
+
+
+def folder(data_dir, image_size, split, skip_bad_images=False):
     """Photographs of any size in data_dir/train/<class>/*, data_dir/{test,val}/<class>/*, or flat without labels.
 
     Decoded once, short side resized to `image_size`, centre cropped; kept in data_dir/.cache (in ~/.cache/dino-twins if
@@ -187,8 +251,10 @@ def folder(data_dir, image_size, split):
     stray = next((p for p, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes), None)
     if stray:
         raise UserError(f"{stray} is in none of the {len(classes)} class folders: move it into one, or make all of them flat")
-    labels = None if flat else torch.tensor([classes.index(parts[0]) for parts in first])
-    return Split(cached(root, paths, image_size), labels, classes)
+    images, paths = cached(root, paths, image_size, root.name, skip_bad_images)
+    number = {name: i for i, name in enumerate(classes)}
+    labels = None if flat else torch.tensor([number[Path(p).relative_to(root).parts[0]] for p in paths])
+    return Split(images, labels, classes)
 
 
 def image_files(root):
@@ -202,49 +268,51 @@ def image_files(root):
     return paths, others
 
 
-def cached(root, paths, size):
-    """The images at `paths` as one uint8 tensor [n 3 size size] on a memory-mapped file, decoded if it is not there yet."""
+def cached(root, paths, size, name, skip_bad_images=False):
+    """Images at `paths` as a uint8 tensor [n 3 size size] on a memory-mapped file, decoded if it is not there yet, and their paths.
+
+    The file is `name`-size-hash.npy beside `root`, in ~/.cache/dino-twins if that is read-only; the hash is of all files' names,
+    sizes and dates. Raises UserError for images that cannot be read, or leaves them out, up to 1 %.
+    """
     try:
         stamp = "\n".join(f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in paths)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it") from None
-    writable = os.access(root.parent, os.W_OK)
-    cache = root.parent / ".cache" if writable else Path.home() / ".cache" / "dino-twins"
-    file = cache / f"{root.name}-{size}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
+    folder = root.parent / ".cache"
+    if not os.access(root.parent, os.W_OK):
+        folder = Path.home() / ".cache" / "dino-twins" / hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]
+    file = folder / f"{name}-{size}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
     try:
-        return torch.from_numpy(np.load(file, mmap_mode="c"))
-    except (OSError, ValueError, EOFError):  # not there yet, or broken
-        part = file.with_suffix(f".{os.getpid()}.part")
+        with tqdm(total=len(paths), desc=f"decoding into {folder}", unit=" images", disable=file.exists()) as bar:
+            flags = decoding.decode_all(paths, size, file, lambda n: bar.update(n - bar.n))
+        for old in folder.glob(f"{name}-{size}-*"):  # of the folder as it was
+            if not old.name.startswith(file.stem):
+                old.unlink(missing_ok=True)
+        images = torch.from_numpy(np.load(file, mmap_mode="c"))
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"the cache {file} cannot be made or read: {error}") from None
+    broken = [path for path, flag in zip(paths, flags, strict=True) if flag == decoding.BROKEN]
+    if broken:
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            array = np.lib.format.open_memmap(part, "w+", np.uint8, (len(paths), 3, size, size))
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes and resizes outside Python's lock
-                decoded = pool.map(functools.partial(decode, size=size), paths)
-                for i, image in enumerate(tqdm(decoded, f"decoding into {file.parent}", len(paths), unit=" images")):
-                    array[i] = image
-            array.flush()
-            os.replace(part, file)
-        except OSError as error:
-            raise UserError(f"the cache {file} cannot be written: {error}") from None
-        finally:
-            part.unlink(missing_ok=True)
-    return torch.from_numpy(np.load(file, mmap_mode="c"))
+            decode(broken[0], size)
+            sentence = f"{broken[0]} could not be read when {file} was made"
+        except UserError as error:
+            sentence = str(error)
+        sentence += f", nor {len(broken) - 1} more, such as {', '.join(broken[1:4])}" if broken[1:] else ""
+        if len(broken) > 0.01 * len(paths):
+            raise UserError(f"{sentence}: {len(broken)} of {len(paths)} images are too many to leave out, mend or remove them")
+        if not skip_bad_images:
+            raise UserError(f"{sentence}: mend or remove, or leave out with --skip_bad_images=True")
+        print(f"left out {len(broken)} of {len(paths)} images: {sentence}", flush=True)
+    return images, [paths[i] for i in decoding.rows_of(flags)]
 
 
 def decode(path, size):
-    """One image file -> uint8 [3 size size]. Raises UserError, naming the file, when it cannot be read whole."""
-    from PIL import Image, ImageOps
-
+    """One image file -> uint8 [3 size size]. Raises UserError, naming the file."""
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at a half, a quarter or an eighth if that is enough
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    except Exception as error:  # Pillow raises many kinds for broken files
-        raise UserError(f"{path} cannot be read as an image ({error}): mend or remove it") from None
-    return rearrange(np.asarray(image), "h w c -> c h w")
+        return decoding.decode(path, size)
+    except ValueError as error:
+        raise UserError(error) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- views
@@ -421,3 +489,50 @@ def blur(x, sigma):
     source = torch.where(source < size, source, 2 * (size - 1) - source)
     matrix = torch.einsum("b t, i t j -> b i j", taps, F.one_hot(source, size).float())
     return torch.einsum("b y h, b c h x -> b c y x", matrix, torch.einsum("b c h w, b x w -> b c h x", x, matrix))
+
+
+if __name__ == "__main__":  # what a data set looks like
+    from common import crops_picture, read_keys, write_file
+
+    dataset = "shapes"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
+    data_dir = "data"  # where its files are, or are downloaded to
+    out_dir = ""  # where crops.png goes; empty: out/data-<dataset>
+    image_size = 32  # pixels, of images and global views
+    local_size = 16  # pixels, of local views
+    blur = False  # Gaussian blur in the views
+    skip_bad_images = False  # of a folder: leave out what cannot be read, up to 1 %
+    seed = 0  # of the images and views in crops.png
+    keys, given = read_keys(globals())
+    globals().update(given)
+
+    lines = ["| split | images | without label | classes | images of a class | pixels | mean | std |", f"|---|{'---:|' * 7}"]
+    for split in ("test", "train"):
+        try:
+            data = load(dataset, data_dir, image_size, split, skip_bad_images)
+        except UserError as error:
+            if split == "train":
+                raise
+            print(f"no test images: {error}")
+            continue
+        rows = torch.from_numpy(np.random.default_rng(seed).permutation(len(data.images))[:5000])
+        some = data.images[rows].float() / 255
+        mean, std = (" ".join(f"{v:.3f}" for v in f((0, 2, 3))) for f in (some.mean, some.std))
+        labels = torch.empty(0).long() if data.labels is None else data.labels[data.labels >= 0]
+        each = labels.bincount() if len(labels) else torch.zeros(1).long()
+        cells = [len(data.images), len(data.images) - len(labels), len(data.classes), f"{each.min()} to {each.max()}"]
+        cells += [some.shape[-1], mean, std]
+        lines.insert(2, f"| {split} | {' | '.join(map(str, cells))} |")
+    print("\n" + "\n".join(lines) + "\n\nclasses: " + ", ".join(data.classes[:10]) + ", ..." * (len(data.classes) > 10))
+    if dataset == "folder":
+        from PIL import Image
+
+        paths, _ = image_files(data_dir)
+        sides = np.array([Image.open(path).size for path in paths[:: len(paths) // 1000 + 1]])
+        for name, side in zip(("width", "height"), sides.T, strict=True):
+            print(f"{name} of the files: {side.min()} to {side.max()} pixels, median {int(np.median(side))}")
+    crops = [Crop(image_size, (0.4, 1.0), blur=1.0 * blur), Crop(image_size, (0.4, 1.0), blur=0.1 * blur, solarize=0.2)]
+    crops += [Crop(local_size, (0.1, 0.4), blur=0.5 * blur)] * 4
+    names = ["global 1", "global 2", *(f"local {v + 1}" for v in range(4))]
+    file = Path(out_dir or f"out/data-{dataset}") / "crops.png"
+    write_file(file, crops_picture(data.images[rows[:8]], multi_crop(data.images[rows[:8]], crops, seed, 0), names))
+    print(f"wrote {file}")

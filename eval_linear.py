@@ -32,8 +32,9 @@ from vit import check_size
 
 ckpt = ""  # what to evaluate: ckpt.pt, an export folder, an official DINO .pth, or random
 weights = "teacher"  # or student, where a checkpoint has both
-dataset = ""  # shapes, cifar10, cifar100 or folder; empty: what the run was trained on
+dataset = ""  # shapes, cifar10, cifar100, imagenet32, stl10 or folder; empty: what the run was trained on
 data_dir = ""  # where its files are; empty: where the run found them
+skip_bad_images = False  # of a folder: leave out what cannot be read, up to 1 %
 out_dir = ""  # where eval_linear.json goes; empty: next to the checkpoint, out/random-<dataset> for random weights
 image_size = 0  # pixels; 0: what the backbone was trained with
 patch_size = 4  # pixels, of --ckpt=random
@@ -194,11 +195,15 @@ if __name__ == "__main__":
         raise UserError(f"--ckpt={ckpt} does not say what it was trained on: give --dataset")
     image_size = image_size or about["image_size"]
     check_size(image_size, backbone.patch_size)
-    train, test = load(dataset, data_dir, image_size), load(dataset, data_dir, image_size, "test")
+    train, test = (load(dataset, data_dir, image_size, split, skip_bad_images) for split in ("train", "test"))
     if train.labels is None or test.labels is None:
         raise UserError(f"{data_dir} has no class folders: a probe needs labels")
+    if test.labels.max() >= len(train.classes):
+        raise UserError(f"the test set of {data_dir} has {int(test.labels.max()) + 1} classes, the training set {len(train.classes)}")
+    some = (train.labels >= 0).nonzero()[:, 0]
     if label_fraction < 1:
-        some, _ = balanced(train.labels, label_fraction, seed)
+        some = some[balanced(train.labels[some], label_fraction, seed)[0]]
+    if len(some) < len(train.labels):
         train = train._replace(images=train.images[some], labels=train.labels[some])
     parts = {"training": train, "test": test}
     features = {what: extract_all(backbone, split.images, device, autocast, what) for what, split in parts.items()}

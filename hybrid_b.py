@@ -21,12 +21,14 @@ from einops import rearrange
 from torch import nn
 
 from common import Run, configure, correlation_meters, cosine, crops_picture, entropy, evaluate, seed_step, setup
-from data import Crop, batch_indices, load, multi_crop, training_split
+from data import Batches, Crop, load, multi_crop, training_split
 from vit import ViT
 
-dataset = "cifar10"  # shapes, cifar10, cifar100 or folder
+dataset = "cifar10"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
 data_dir = "data"  # where its files are, or are downloaded to
 out_dir = ""  # where the run writes; empty: out/<script>-<dataset>
+skip_bad_images = False  # of a folder: leave out what cannot be read, up to 1 %
+memory_gib = 8.0  # images up to this size are held on the device, larger sets are read ahead from disk
 resume = False  # go on with the run in out_dir
 seed = 0  # of weights, order and views
 device = "auto"  # cuda, mps or cpu; auto: the first of them that is here
@@ -182,10 +184,10 @@ def parameter_groups(model):
 if __name__ == "__main__":
     config = configure(globals())  # from here on every key has its final value
     device, autocast = setup(device, dtype, seed)
-    data = load(dataset, data_dir, image_size)
-    images, bank, queries = training_split(data, knn_bank, knn_queries, batch_size)
-    images = images.to(device)
-    steps_per_epoch = len(images) // batch_size
+    data = load(dataset, data_dir, image_size, skip_bad_images=skip_bad_images)
+    kept, bank, queries = training_split(data, knn_bank, knn_queries, batch_size)
+    batches = Batches(data.images, kept, batch_size, seed, device, memory_gib)
+    steps_per_epoch = len(kept) // batch_size
     steps = max_steps or epochs * steps_per_epoch
     crops = [Crop(image_size, global_scale, blur=1.0 * blur), Crop(image_size, global_scale, blur=0.1 * blur, solarize=0.2)]
     crops += [Crop(local_size, local_scale, blur=0.5 * blur)] * n_local
@@ -204,9 +206,9 @@ if __name__ == "__main__":
     run = Run(config, steps, state | {"optimizer": optimizer}, device)
     if run.start == 0:
         names = [f"{'global' if crop.size == image_size else 'local'} {v + 1}" for v, crop in enumerate(crops)]
-        sample = images[batch_indices(len(images), batch_size, seed, 0).to(device)[:6]]
+        sample = batches(0)[:6]
         run.write("crops.png", crops_picture(sample, multi_crop(sample, crops, seed, 0), names))
-        run.log(0, {"epoch": 0} | evaluate(best, bank, queries, device, autocast))
+        run.log(0, {"epoch": 0} | evaluate(best, data, bank, queries, device, autocast))
     if compile:
         for module in state.values():
             module.compile()
@@ -217,8 +219,7 @@ if __name__ == "__main__":
         for group in optimizer.param_groups:
             group["lr"] = cosine(base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch)
         optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)
-        batch = images[batch_indices(len(images), batch_size, seed, step).to(device)]
-        views = multi_crop(batch, crops, seed, step)
+        views = multi_crop(batches(step), crops, seed, step)
 
         # --- method
         warm = tau_t < tau_s and epoch < tau_t_warmup_epochs
@@ -258,7 +259,7 @@ if __name__ == "__main__":
             row |= correlation_meters(ys[0], ys[1])
             # --- end method
             if evaluate_now:
-                row |= evaluate(best, bank, queries, device, autocast)
+                row |= evaluate(best, data, bank, queries, device, autocast)
             run.log(done, row)
         if done % save_every == 0 or done == steps or run.stop:
             run.save(done, best)

@@ -43,7 +43,7 @@ def load_masks(dataset, data_dir, image_size, split="train"):
     if masks.max() < 0:
         raise UserError(f"the masks of {root} hold nothing that counts: every pixel is marked as one to ignore")
     classes = classes or [f"class {i}" if i else "background" for i in range(int(masks.max()) + 1)]
-    return Split(cached(root, images, image_size), None, classes, masks)
+    return Split(cached(root, images, image_size, f"{dataset}-{split}")[0], None, classes, masks)
 
 
 def mask_folder(root, split):

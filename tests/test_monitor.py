@@ -32,19 +32,25 @@ def test_features_do_not_depend_on_the_chunk_and_leave_the_model_in_training():
     model = ViT(32, 4, 16, 2, 2, drop_path=0.5).train()
     images = load("shapes", "", 32).images[:7]
     autocast = torch.autocast("cpu", enabled=False)
-    a, b = (features(model, images, torch.device("cpu"), autocast, n) for n in (3, 100))
+    a, b = (features(model, images, torch.arange(7), torch.device("cpu"), autocast, n) for n in (3, 100))
     torch.testing.assert_close(a, b)
     assert a.shape == (7, 16) and not a.requires_grad and model.training
 
 
 def test_held_out_images_are_no_training_images():
     data = load("shapes", "", 32)
-    numbered = data._replace(images=torch.arange(12_000)[:, None, None, None])
-    images, bank, queries = training_split(numbered, 500, 100_000, 256)
-    train, held = set(images.flatten().tolist()), set(queries.images.flatten().tolist())
+    kept, bank, queries = training_split(data, 500, 100_000, 256)
+    train, held = set(kept.tolist()), set(queries.tolist())
     assert len(train) == 10_800 and len(held) == 1_200 and not train & held
-    assert len(bank.images) == 500 and set(bank.images.flatten().tolist()) <= train
-    assert torch.equal(data.labels[queries.images.flatten()], queries.labels)
+    assert len(bank) == 500 and set(bank.tolist()) <= train
+
+
+def test_images_without_a_label_are_trained_on_and_never_asked_about():
+    data = load("shapes", "", 32)
+    labels = data.labels.where(torch.arange(12_000) < 1000, -1)
+    kept, bank, queries = training_split(data._replace(labels=labels), 5000, 5000, 256)
+    assert len(kept) == 11_900 and len(bank) == 900 and len(queries) == 100
+    assert (labels[bank] >= 0).all() and (labels[queries] >= 0).all() and not set(queries.tolist()) & {*kept.tolist(), *bank.tolist()}
 
 
 def test_feature_meters_know_a_collapse():
@@ -53,12 +59,12 @@ def test_feature_meters_know_a_collapse():
             return self.z[: len(x)]
 
     model, images = Fixed(), torch.zeros(400, 3, 8, 8, dtype=torch.uint8)
-    bank = Split(images, None, [])
+    data, rows = Split(images, None, []), torch.arange(400)
     autocast = torch.autocast("cpu", enabled=False)
 
     def meters(z):
         model.z = z
-        return {k: v.item() for k, v in evaluate(model, bank, bank, torch.device("cpu"), autocast).items()}
+        return {k: v.item() for k, v in evaluate(model, data, rows, rows[:0], torch.device("cpu"), autocast).items()}
 
     g = torch.Generator().manual_seed(0)
     healthy, point = meters(torch.randn(400, 16, generator=g)), meters(torch.ones(400, 16))

@@ -1,0 +1,157 @@
+"""Image files decoded once, by all cores, into one array on disk: for folders of any size, and killed at any time.
+
+Next to the array <name>.npy, uint8 [n 3 s s], lies <name>.flags, a byte for each file: not decoded yet, decoded or broken. An array
+that is not whole yet is called <name>.npy.part, and the next start goes on with it. A worker is this file run as a
+script, without torch, so that it starts in a moment and asks nothing of the program that needs the images:
+
+    python decoding.py PATHS ARRAY OFFSET SIZE WORKER WORKERS
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+DECODED, BROKEN = 1, 2
+BLOCK = 256  # images written and flagged together
+
+
+def decode(path, size):
+    """One image file -> uint8 [3 size size], the short side resized, the middle kept. Raises ValueError, naming the file."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at a half, a quarter or an eighth if that is enough
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    except Exception as error:  # Pillow raises many kinds for broken files
+        raise ValueError(f"{path} cannot be read as an image ({error})") from None
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def decode_all(paths, size, file, progress):
+    """Decodes `paths` into `file`, uint8 [n 3 size size], unless it is there. Returns the flags, uint8 [n].
+
+    `progress` is called with the number of images decoded so far. Raises OSError when the disk does not take them.
+    """
+    flags, part = file.with_suffix(".flags"), Path(f"{file}.part")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with locked(file.with_suffix(".lock")):
+        if is_whole(file, flags, len(paths)):
+            return np.fromfile(flags, np.uint8)
+        if not (part.exists() and flags.exists() and flags.stat().st_size == len(paths)):
+            np.lib.format.open_memmap(part, "w+", np.uint8, (len(paths), 3, size, size))
+            flags.write_bytes(bytes(len(paths)))
+        names = file.with_suffix(".paths")
+        names.write_bytes(b"\0".join(os.fsencode(path) for path in paths))
+        offset = np.load(part, mmap_mode="r").offset
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        count = min(cores, -(-len(paths) // BLOCK))
+        command = [sys.executable, __file__, names, part, offset, size]
+        workers = [subprocess.Popen([str(word) for word in (*command, i, count)], stderr=subprocess.PIPE, text=True) for i in range(count)]
+        try:
+            while any(worker.poll() is None for worker in workers):
+                progress(int((np.fromfile(flags, np.uint8) > 0).sum()))
+                time.sleep(0.1)
+            failed = next((worker for worker in workers if worker.returncode), None)
+            if failed:
+                raise OSError((failed.stderr.read().strip().splitlines() or [f"exit code {failed.returncode}"])[-1])
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.stderr.close()
+                worker.wait()
+        done = np.fromfile(flags, np.uint8)
+        progress(int((done > 0).sum()))
+        close_holes(part, offset, done)
+        os.replace(part, file)
+        os.truncate(file, offset + int((done == DECODED).sum()) * 3 * size * size)
+        names.unlink()
+    return done
+
+
+def is_whole(file, flags, n):
+    try:
+        return flags.stat().st_size == n and len(np.load(file, mmap_mode="r")) == (np.fromfile(flags, np.uint8) == DECODED).sum()
+    except (OSError, ValueError, EOFError):  # not there, or cut off
+        return False
+
+
+def rows_of(flags):
+    """Which file each row of the array is of, [n - broken]: in order, but that the last ones fill the places of broken ones."""
+    n = int((flags == DECODED).sum())
+    rows = np.arange(n)
+    rows[flags[:n] == BROKEN] = n + np.flatnonzero(flags[n:] == DECODED)
+    return rows
+
+
+def close_holes(part, offset, flags):
+    """Moves rows to where rows_of() has them. Killed and done again it does the same, for what it moves it does not remove."""
+    rows = rows_of(flags)
+    images = np.load(part, mmap_mode="r+")
+    for i in np.flatnonzero(rows != np.arange(len(rows))):
+        images[i] = images[rows[i]]
+    images.flush()
+    with open(part, "r+b") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *images.shape[1:])}
+        np.lib.format.write_array_header_1_0(file, header)
+        assert file.tell() == offset
+
+
+class locked:
+    """Of all processes that make the same file, one at a time; a process that dies lets go."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        self.file = open(self.path, "w")
+        try:
+            import fcntl
+
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+        except ImportError:  # Windows: start two runs on a new folder one after the other
+            pass
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+def work(paths, array, offset, size, worker, workers):
+    """Every `workers`-th block of files, less what is flagged already; ends when the parent does."""
+    paths, flags = Path(paths).read_bytes().split(b"\0"), Path(array).with_suffix("").with_suffix(".flags")
+    done, parent, count = np.fromfile(flags, np.uint8), os.getppid(), 3 * size * size
+    with open(array, "r+b") as images, open(flags, "r+b") as marks:
+        for start in range(worker * BLOCK, len(paths), workers * BLOCK):
+            todo = [i for i in range(start, min(start + BLOCK, len(paths))) if not done[i]]
+            for i in todo:
+                try:
+                    pixels, done[i] = decode(os.fsdecode(paths[i]), size), DECODED
+                except ValueError:
+                    done[i] = BROKEN
+                    continue
+                images.seek(offset + i * count)
+                images.write(pixels.tobytes())
+            images.flush()
+            os.fsync(images.fileno())  # the pixels first, then the flags
+            for i in todo:
+                marks.seek(i)
+                marks.write(done[i].tobytes())
+            marks.flush()
+            if os.getppid() != parent:
+                return
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    try:
+        work(*sys.argv[1:3], *(int(word) for word in sys.argv[3:]))
+    except OSError as error:
+        sys.exit(error.strerror)
