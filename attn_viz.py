@@ -9,7 +9,9 @@ divergence, 0 to 1 bit:
     effect = mean d between groups - mean d within groups        p = share of all ways to deal the runs out with an effect as large
 
 Runs are dealt out, all images of a run together, for a run is what a seed makes anew: exchanging images alone would take two
-seeds of one script for two scripts. The interval is a bootstrap over images, for these runs.
+seeds of one script for two scripts. Runs of one seed start from the same weights and see the same views, so two of them are never
+compared, and if every group has the same seeds, runs are dealt out within a seed (a paired test). The interval is a bootstrap
+over images, for these runs.
 
     python attn_viz.py --ckpt=out/dino-shapes/ckpt.pt,out/barlow-shapes/ckpt.pt                 pictures and figures
     python attn_viz.py --ckpt=dino=a/ckpt.pt:b/ckpt.pt,barlow=c/ckpt.pt:d/ckpt.pt               groups: the test too
@@ -21,7 +23,7 @@ import io
 import json
 import math
 import re
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +45,7 @@ images = ""  # a folder of your own images instead
 out_dir = ""  # where pictures and attention.json go; empty: next to the first checkpoint
 image_size = 0  # pixels; 0: what the first backbone was trained with
 n_images = 500  # at most so many images of the test set for the figures
-rows = 6  # images in attention.png
+rows = 4  # images in attention.png
 blocks = "last"  # or all: attention.png shows the mean map of every block
 patch_size = 4  # pixels, of --ckpt=random
 dim = 192  # width, of --ckpt=random
@@ -56,6 +58,7 @@ dtype = "float32"  # or bfloat16 for the backbone; auto: bfloat16 on a GPU that 
 
 PRESETS = {"shapes": dict(dim=64, depth=3, heads=2)}  # as the training scripts have it, for --ckpt=random
 
+COLUMNS = 13  # of attention.png, at most, before it goes on below
 
 def read_groups(text):
     """'A,B' or 'name=A:B,name=C:D' -> {name: [checkpoint, ...]}; a checkpoint without a name is called after its folder."""
@@ -162,36 +165,43 @@ def divergences(maps):
     return divergence(p[:, :, None], p[:, None])
 
 
-def between_within(d, groups):
-    """d [... r r] and the group of each run [... r] -> mean d of pairs of runs of two groups, and of one group, each [...]."""
-    pair = torch.ones(d.shape[-2:]).triu(1)
+def between_within(d, groups, seeds):
+    """d [... r r], the group of each run [... r], its seed [r] -> mean d of two runs of two groups, and of one group, each [...].
+
+    Two runs of the same seed are not compared.
+    """
+    pair = (seeds[:, None] != seeds).float().triu(1)
     same = (groups[..., :, None] == groups[..., None, :]) * pair
     between, within = ((d * some).sum((-2, -1)) / some.sum((-2, -1)) for some in (pair - same, same))
     return between, within
 
 
-def permutation_test(d, groups, permutations, seed):
-    """Do groups of runs differ by more than runs of one group do? d [n r r], groups int64 [r].
+def permutation_test(d, groups, seeds, permutations, seed):
+    """Do groups of runs differ by more than runs of one group do? d [n r r], the group and the seed of each run int64 [r].
 
-    Returns {between, within, effect, ratio, interval95, p, smallest_p}; without two runs in some group there is no within,
-    and only `between` is returned.
+    Returns {between, within, effect, ratio, interval95, paired, p, smallest_p}; without two runs in some group there is no
+    within, and only `between` is returned.
     """
     mean, rng = d.mean(0), np.random.default_rng((seed, 5))
-    between, within = between_within(mean, groups)
-    sizes = groups.unique(return_counts=True)[1].tolist()
+    between, within = between_within(mean, groups, seeds)
+    names, sizes = groups.unique(return_counts=True)
     if max(sizes) < 2:
         return {"between": between.item()}
     effect = between - within
-    dealt = torch.from_numpy(rng.permuted(np.tile(groups, (permutations, 1)), axis=1))
-    effects = torch.sub(*between_within(mean, dealt))
+    paired = all(torch.equal(seeds[groups == g].sort()[0], seeds[groups == names[0]].sort()[0]) for g in names)
+    dealt, ways = np.tile(groups, (permutations, 1)), 1.0
+    for block in seeds.unique() if paired else [None]:
+        mine = (seeds == block).numpy() if paired else np.full(len(groups), True)
+        dealt[:, mine] = rng.permuted(dealt[:, mine], axis=1)
+        ways *= math.factorial(mine.sum()) / math.prod(math.factorial(n) for n in groups[mine].unique(return_counts=True)[1])
+    ways /= math.prod(math.factorial(n) for n in sizes.unique(return_counts=True)[1])  # groups of one size can change names
+    effects = torch.sub(*between_within(mean, torch.from_numpy(dealt), seeds))
     p = (1 + (effects >= effect - 1e-9).sum().item()) / (1 + permutations)
-    ways = math.factorial(len(groups)) / math.prod(math.factorial(n) for n in sizes)
-    ways /= math.prod(math.factorial(sizes.count(n)) for n in set(sizes))  # groups of one size can change names
-    each = torch.sub(*between_within(d, groups))  # [n]
+    each = torch.sub(*between_within(d, groups, seeds))  # [n]
     again = each[torch.from_numpy(rng.integers(len(each), size=(2000, len(each))))].mean(1)
     interval = again.quantile(torch.tensor([0.025, 0.975])).tolist()
     result = {"between": between.item(), "within": within.item(), "effect": effect.item(), "ratio": (between / within).item()}
-    return result | {"interval95": interval, "p": p, "smallest_p": 1 / ways}
+    return result | {"interval95": interval, "paired": paired, "p": p, "smallest_p": 1 / ways}
 
 
 def sentence(test, names, level=0.05):
@@ -201,10 +211,10 @@ def sentence(test, names, level=0.05):
             f"{' and '.join(names)} differ by {test['between']:.3f} bits. Whether that is more than another seed would make cannot "
             "be said: give two runs or more of a script, --ckpt=name=A/ckpt.pt:B/ckpt.pt,..."
         )
-    low, high = test["interval95"]
+    (low, high), paired = test["interval95"], ", paired by seed" if test["paired"] else ""
     figures = (
         f"{test['between']:.3f} bits between scripts, {test['within']:.3f} between seeds of one ({test['ratio']:.2f} times; "
-        f"effect {test['effect']:.3f} bits, {low:.3f} to {high:.3f} over images), p = {test['p']:.2g}"
+        f"effect {test['effect']:.3f} bits, {low:.3f} to {high:.3f} over images), p = {test['p']:.2g}{paired}"
     )
     if test["p"] <= level:
         return f"The attention maps of {', '.join(names)} differ by more than seeds do: {figures}."
@@ -227,23 +237,35 @@ def attention_picture(images, panels, masks=None):
     Maps are in units of uniform attention, one colour scale for all; a mask leaves the image bright where it is true.
     """
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
+    lines, wide = [{}], 1
+    for name, columns in panels.items():
+        if wide + len(columns) > COLUMNS and lines[-1]:
+            lines.append({})
+        lines[-1][name] = columns
+        wide = 1 + sum(map(len, lines[-1].values()))
+    wide = max(1 + sum(map(len, line.values())) for line in lines)
     shown = [m * m[0].numel() for columns in panels.values() for m in columns.values() if m.dtype != torch.bool]
-    scale = ScalarMappable(Normalize(0, max(m.flatten().quantile(0.99).item() for m in shown)), "inferno")
-    size, widths = images.shape[-1], [1.0, *(len(columns) for columns in panels.values()), 0.8]
-    figure = Figure(figsize=(1.15 * sum(widths), 1.15 * len(images) + 0.8), layout="constrained")
-    *parts, last = figure.subfigures(1, len(widths), width_ratios=widths)
+    scale = ScalarMappable(PowerNorm(0.5, 0, max(m.flatten().quantile(0.99).item() for m in shown)), "inferno")
+    size, rows = images.shape[-1], len(images)
+    figure = Figure(figsize=(1.15 * wide + 1, len(lines) * (1.15 * rows + 0.6)), layout="constrained")
+    body, bar = figure.subfigures(1, 2, width_ratios=(1.15 * wide, 1))
     pixels = rearrange(images, "n c h w -> n h w c").numpy() / 255
     grey = pixels.mean(-1, keepdims=True)
-    everything = {"": {"image": None}} | panels
-    for part, (name, columns) in zip(parts, everything.items(), strict=True):
-        part.suptitle(name or " ", fontsize=10, weight="bold")
-        grid = part.subplots(len(images), len(columns), squeeze=False)
-        for j, (title, maps) in enumerate(columns.items()):
-            grid[0, j].set_title(title, fontsize=8)
-            for i in range(len(images)):
+    for strip, line in zip(body.subfigures(len(lines), 1, squeeze=False)[:, 0], lines, strict=True):
+        everything = {"": {"image": None}} | line
+        widths = [len(columns) for columns in everything.values()]
+        spare = [wide - sum(widths)] * (wide > sum(widths))
+        parts = strip.subfigures(1, len(widths) + len(spare), width_ratios=widths + spare, squeeze=False)[0]
+        for part, (name, columns) in zip(parts, everything.items(), strict=False):
+            part.suptitle(name or " ", fontsize=10, weight="bold")
+            grid = part.subplots(rows, len(columns), squeeze=False)
+            for (j, (title, maps)), i in product(enumerate(columns.items()), range(rows)):
+                axis = grid[i, j]
+                axis.set_title(title if i == 0 else "", fontsize=8)
+                axis.axis("off")
                 if maps is None:
                     over = pixels[i]
                 elif maps.dtype == torch.bool:
@@ -252,16 +274,15 @@ def attention_picture(images, panels, masks=None):
                 else:
                     smooth = F.interpolate(maps[i][None, None] * maps[i].numel(), size=(size, size), mode="bilinear")[0, 0]
                     over = 0.35 * grey[i] + 0.65 * scale.to_rgba(smooth.numpy())[..., :3]
-                grid[i, j].imshow(over, interpolation="nearest")
+                axis.imshow(over, interpolation="nearest")
                 if maps is None and masks is not None:
-                    grid[i, j].contour(masks[i] > 0, levels=[0.5], colors="cyan", linewidths=1)
-                grid[i, j].axis("off")
-    last.colorbar(scale, cax=last.add_axes((0.1, 0.1, 0.25, 0.75)), label="attention, times uniform", extend="max")
+                    axis.contour(masks[i] > 0, levels=[0.5], colors="cyan", linewidths=1)
+    bar.colorbar(scale, cax=bar.add_axes((0.1, 0.1, 0.25, 0.8)), label="attention, times uniform", extend="max")
     return png(figure)
 
 
-def divergence_picture(mean, names, groups):
-    """divergence.png: d [r r] in bits between runs, and its means between groups of `names`; the group of each run int64 [r]."""
+def divergence_picture(mean, names, groups, seeds):
+    """divergence.png: d [r r] in bits of runs, and means of groups called `names`; the group and seed of each run int64 [r]."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -273,16 +294,14 @@ def divergence_picture(mean, names, groups):
         left.axhline(edge - 0.5, color="white")
         left.axvline(edge - 0.5, color="white")
     middles = [(a + b - 1) / 2 for a, b in pairwise(starts)]
-    table = np.full((k, k), np.nan)
-    for a in range(k):
-        for b in range(k):
-            block = mean[groups == a][:, groups == b]
-            pairs = block[~torch.eye(len(block), dtype=torch.bool)] if a == b else block
-            table[a, b] = pairs.mean() if pairs.numel() else np.nan
+    table, other = np.full((k, k), np.nan), seeds[:, None] != seeds
+    for a, b in product(range(k), range(k)):
+        pairs = mean[(groups[:, None] == a) & (groups == b) & other]
+        table[a, b] = pairs.mean() if len(pairs) else np.nan
     right.imshow(table, cmap="viridis", vmin=0, vmax=float(mean.max()))
     for a, b in np.argwhere(~np.isnan(table)):
         right.text(b, a, f"{table[a, b]:.3f}", ha="center", va="center", color="white" if table[a, b] < 0.6 * mean.max() else "black")
-    titles = "each run against each", "means of groups; diagonal: seeds of one script"
+    titles = "each run against each", "means of runs with different seeds"
     for axis, title, ticks in zip((left, right), titles, (middles, range(k)), strict=True):
         axis.set(title=title, xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
         axis.tick_params(axis="x", labelrotation=30)
@@ -359,6 +378,7 @@ if __name__ == "__main__":
 
     names = list(dict.fromkeys(name for name, *_ in runs))
     of = torch.tensor([names.index(name) for name, *_ in runs])
+    seeds = torch.tensor([known.get("seed", -1 - i) for i, (*_, known) in enumerate(runs)])  # unknown: one of its own
     d = divergences(means)
     asked = torch.tensor([name in groups and name != "random" for name, *_ in runs])
     tested = [name for name in groups if name != "random"]
@@ -366,7 +386,7 @@ if __name__ == "__main__":
     for some in [tested, *(combinations(tested, 2) if len(tested) > 2 else [])]:
         if len(some) > 1:
             chosen = asked & torch.tensor([name in some for name, *_ in runs])
-            tests[" ".join(some)] = permutation_test(d[:, chosen][:, :, chosen], of[chosen], permutations, seed)
+            tests[" ".join(some)] = permutation_test(d[:, chosen][:, :, chosen], of[chosen], seeds[chosen], permutations, seed)
 
     masked = data.masks is not None
     print(f"\n{len(data.images)} images of {images or dataset}, {image_size} pixels, last block; means over heads, images and runs\n")
@@ -390,10 +410,11 @@ if __name__ == "__main__":
     else:
         path = Path(next(iter(groups.values()))[0])
         folder = Path(out_dir or (path if path.is_dir() else path.parent))
-    about = {"names": names, "group_of_run": of.tolist(), "divergence_bits": d.mean(0).tolist(), "tests": tests, "skipped": skipped}
+    about = {"names": names, "group_of_run": of.tolist(), "seed_of_run": seeds.tolist(), "divergence_bits": d.mean(0).tolist()}
+    about |= {"tests": tests, "skipped": skipped}
     about |= {"images": len(data.images), "image_size": image_size, "git_commit": git_commit(), "torch": torch.__version__}
     write_file(folder / "attention.json", json.dumps(config | {"dataset": dataset, "runs": report} | about, indent=1))
     shown = None if data.masks is None else data.masks[:rows]
     write_file(folder / "attention.png", attention_picture(data.images[:rows], panels, shown))
-    write_file(folder / "divergence.png", divergence_picture(d.mean(0), names, of))
+    write_file(folder / "divergence.png", divergence_picture(d.mean(0), names, of, seeds))
     print(f"\nwrote {folder}/attention.png divergence.png attention.json")

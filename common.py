@@ -293,7 +293,7 @@ class Run:
         args |= {"num_heads": c["heads"], "num_classes": 0}
         tensors = {k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}
         self.write("export/model.safetensors", to_safetensors(tensors))
-        about = {"script": self.script, "step": step, "dataset": c["dataset"], "data_dir": c["data_dir"]}
+        about = {"script": self.script, "step": step} | {k: c[k] for k in ("dataset", "data_dir", "seed")}
         self.write("export/config.json", json.dumps(about | {"model_args": args}, indent=1))
         self.clock = time.time()
 
@@ -430,14 +430,14 @@ def load_backbone(config, device):
             state, heads = from_safetensors((path / "model.safetensors").read_bytes()), saved["model_args"]["num_heads"]
         except Exception as error:
             raise UserError(f"{path}/model.safetensors is damaged ({first_line(error)})") from None
-        about |= {k: saved[k] for k in ("script", "step", "dataset", "data_dir")}
+        about |= {k: saved[k] for k in ("script", "step", "dataset", "data_dir", "seed") if k in saved}
     elif path.exists():
         saved = load_pickle(path, device)
         state = saved.get(config["weights"], saved.get("student", saved))
         state = {k.split("backbone.")[-1]: v for k, v in state.items() if "backbone." in k} or state
         if "script" in saved:
             heads = saved["config"]["heads"]
-            about |= {"script": saved["script"], "step": saved["step"]} | {k: saved["config"][k] for k in ("dataset", "data_dir")}
+            about |= {k: saved[k] for k in ("script", "step")} | {k: saved["config"][k] for k in ("dataset", "data_dir", "seed")}
         elif "cls_token" in state:
             heads = max(state["cls_token"].shape[-1] // 64, 1)  # of every official DINO ViT
     else:

@@ -110,49 +110,63 @@ def test_figures_of_a_map_made_by_hand():
     assert figures["jaccard_60"]["best_head"] == pytest.approx(1 / 3)  # the patch of 4 pixels, 2 of the mask's 4: 2 / 6
 
 
-def planted(runs, images, shift, seed):
-    """Maps of `runs` runs that differ by seed, the second half of them also by `shift` [r][n 4 4]."""
+def planted(runs, images, shift, seed, shared=0.0):
+    """Maps of `runs` runs that differ by seed, the second half of them also by `shift`: a list of [n 4 4].
+
+    `shared`: the part of what a seed does that run i of the first half has in common with run i of the second.
+    """
     g = torch.Generator().manual_seed(seed)
     image, run = torch.randn(1, images, 16, generator=g), torch.randn(runs, 1, 16, generator=g)
+    common = torch.randn(runs // 2, 1, 16, generator=g).repeat(2, 1, 1)
+    run = shared**0.5 * common + (1 - shared) ** 0.5 * run
     other = torch.zeros(runs, 1, 16)
     other[runs // 2 :, :, :8] = shift
     logits = image + run + other + 0.3 * torch.randn(runs, images, 16, generator=g)
     return list(logits.softmax(-1).view(runs, images, 4, 4))
 
 
-def rejects(d, split, permutations=300):
-    groups = torch.tensor([0] * 5 + [1] * 5)
-    return permutation_test(d[:, split][:, :, split], groups, permutations, seed=0)["p"] <= 0.05
+HALVES = {n: torch.arange(2 * n) // n for n in (3, 5, 7)}
+
+
+def rejects(maps, seeds):
+    return permutation_test(divergences(maps), HALVES[len(maps) // 2], seeds, 300, seed=0)["p"] <= 0.05
 
 
 def test_the_test_rejects_five_percent_of_splits_of_the_same_script():
-    rng, rejected = np.random.default_rng(0), 0
-    for i in range(300):
-        d = divergences(planted(10, 20, 0.0, seed=i))
-        rejected += rejects(d, torch.from_numpy(rng.permutation(10)))
+    rng = np.random.default_rng(0)
+    rejected = sum(rejects([m[i] for i in rng.permutation(10)], torch.arange(10)) for m in (planted(10, 20, 0.0, i) for i in range(300)))
     assert 0.02 <= rejected / 300 <= 0.08  # 6 of 126 ways are 4.8 %; two standard deviations are 2.5 %
 
 
+def test_paired_by_seed_it_rejects_five_percent_too():
+    seeds = torch.arange(14) % 7
+    rejected = sum(rejects(planted(14, 20, 0.0, i, shared=0.9), seeds) for i in range(300))
+    assert 0.02 <= rejected / 300 <= 0.08  # 3 of 64 ways are 4.7 %
+
+
 def test_the_test_finds_a_planted_difference():
-    found = sum(rejects(divergences(planted(10, 20, 3.0, seed=i)), torch.arange(10)) for i in range(20))
-    assert found == 20
+    assert sum(rejects(planted(10, 20, 3.0, i), torch.arange(10)) for i in range(20)) == 20
+    assert sum(rejects(planted(14, 20, 3.0, i, shared=0.9), torch.arange(14) % 7) for i in range(20)) == 20
 
 
-def test_effect_interval_and_smallest_p():
-    d = divergences(planted(6, 200, 2.0, seed=0))
-    groups = torch.tensor([0, 0, 0, 1, 1, 1])
-    test = permutation_test(d, groups, 2000, seed=0)
-    mean = d.mean(0)
-    within = np.mean([mean[a, b] for a, b in itertools.combinations(range(6), 2) if (a < 3) == (b < 3)])
-    between = np.mean([mean[a, b] for a, b in itertools.combinations(range(6), 2) if (a < 3) != (b < 3)])
+@pytest.mark.parametrize("seeds, smallest", [(range(6), 0.1), ((0, 1, 2, 0, 1, 2), 0.25), ((0, 1, 2, 0, 1, 3), 0.1)])
+def test_effect_interval_and_smallest_p(seeds, smallest):
+    maps, groups, seeds = planted(6, 200, 2.0, seed=0), HALVES[3], torch.tensor(seeds)
+    d = divergences(maps)
+    test = permutation_test(d, groups, seeds, 2000, seed=0)
+    pairs = [(a, b) for a, b in itertools.combinations(range(6), 2) if seeds[a] != seeds[b]]
+    within = np.mean([d[:, a, b].mean() for a, b in pairs if groups[a] == groups[b]])
+    between = np.mean([d[:, a, b].mean() for a, b in pairs if groups[a] != groups[b]])
     assert test["between"] == pytest.approx(between, rel=1e-4) and test["within"] == pytest.approx(within, rel=1e-4)
     assert test["effect"] == pytest.approx(between - within, rel=1e-3)
-    assert test["interval95"][0] < test["effect"] < test["interval95"][1]
-    assert test["smallest_p"] == pytest.approx(0.1)  # 6! / (3! 3!) / 2 ways
-    assert test["p"] == pytest.approx(0.1, abs=0.03)
+    each = [d[i, 0, 4] - d[i, 0, 1] for i in range(200)]  # of about the spread of one image's effect, which is smaller
+    low, high = test["interval95"]
+    assert low < test["effect"] < high and high - low < 4 * np.std(each) / 200**0.5
+    assert test["smallest_p"] == pytest.approx(smallest)  # 6! / (3! 3!) / 2 ways; paired 2^3 / 2
+    assert test["p"] == pytest.approx(smallest, abs=0.04) and test["paired"] == (smallest == 0.25)
     assert "No difference" in sentence(test, ["a", "b"]) and "train more seeds" in sentence(test, ["a", "b"])
     assert "differ by more than seeds do" in sentence(test | {"p": 0.01}, ["a", "b"])
-    alone = permutation_test(d[:, :2, :2], torch.tensor([0, 1]), 100, seed=0)
+    alone = permutation_test(d[:, :2, :2], torch.tensor([0, 1]), seeds[:2], 100, seed=0)
     assert alone.keys() == {"between"} and "cannot be said" in sentence(alone, ["a", "b"])
 
 
