@@ -33,7 +33,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 from common import UserError, configure_evaluation, git_commit, load_backbone, setup, write_file
-from data import Split, decode, image_files, load, normalise
+from data import Split, decode, from_bytes, image_files, load, normalise
 from masks import has_masks, load_masks
 from vit import check_size
 
@@ -87,7 +87,7 @@ def attend(backbone, images, device, autocast, block=-1):
     far, maps, distance = torch.cdist(at, at), [], 0
     for chunk in images.split(max(2**24 // (heads * (side**2 + 1) ** 2), 1)):  # 64 MiB of attention
         with autocast:
-            a = backbone.attention(normalise(chunk.to(device).float() / 255), block)[..., 1:].float()
+            a = backbone.attention(normalise(from_bytes(chunk.to(device))), block)[..., 1:].float()
         a = a / a.sum(-1, keepdim=True)
         maps.append(a[:, :, 0].cpu())
         distance = distance + (a[:, :, 1:] * far).sum((0, 2, 3)) / side**2

@@ -18,7 +18,20 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from common import Run, configure, correlation_meters, cosine, crops_picture, evaluate, seed_step, setup
+from common import (
+    BatchNorm1d,
+    Run,
+    configure,
+    correlation_meters,
+    cosine,
+    crops_picture,
+    distributed,
+    evaluate,
+    float32,
+    global_mean,
+    seed_step,
+    setup,
+)
 from data import Batches, Crop, load, multi_crop, training_split
 from vit import ViT
 
@@ -72,8 +85,8 @@ PRESETS = {  # what a data set changes in the defaults
 
 def projector(dim):
     """Barlow Twins' projector. x [n d] -> z [n proj_dim]."""
-    hidden = (nn.Linear(dim, proj_dim, bias=False), nn.BatchNorm1d(proj_dim, track_running_stats=False), nn.ReLU())
-    more = (nn.Linear(proj_dim, proj_dim, bias=False), nn.BatchNorm1d(proj_dim, track_running_stats=False), nn.ReLU())
+    hidden = (nn.Linear(dim, proj_dim, bias=False), BatchNorm1d(proj_dim), nn.ReLU())
+    more = (nn.Linear(proj_dim, proj_dim, bias=False), BatchNorm1d(proj_dim), nn.ReLU())
     return nn.Sequential(*hidden, *more, nn.Linear(proj_dim, proj_dim, bias=False))
 
 
@@ -93,14 +106,14 @@ class Network(nn.Module):
 
 def standardise(z):
     """Columns of z [b d] to mean 0 and standard deviation 1 over the batch; a constant column to 0."""
-    z = z - z.mean(0)
-    return z / (z.square().mean(0) + 1e-6).sqrt()
+    z = z - global_mean(z.mean(0))
+    return z / (global_mean(z.square().mean(0)) + 1e-6).sqrt()
 
 
 def cross_correlation_loss(z1, z2, lambd):
     """CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D of two projections [b d] of the same images."""
     b, d = z1.shape
-    c = standardise(z1).T @ standardise(z2) / b
+    c = global_mean(standardise(z1).T @ standardise(z2) / b)
     on_diagonal = (1 - c.diagonal()).square().sum()
     off_diagonal = (c - c.diagonal().diag()).square().sum()
     return (on_diagonal + lambd * off_diagonal) / d
@@ -122,7 +135,7 @@ def parameter_groups(model):
 
 if __name__ == "__main__":
     config = configure(globals())  # from here on every key has its final value
-    device, autocast = setup(device, dtype, seed)
+    device, autocast = setup(device, dtype, seed, batch_size)
     data = load(dataset, data_dir, image_size, skip_bad_images=skip_bad_images)
     kept, bank, queries = training_split(data, knn_bank, knn_queries, batch_size)
     batches = Batches(data.images, kept, batch_size, seed, device, memory_gib)
@@ -149,6 +162,7 @@ if __name__ == "__main__":
         for module in state.values():
             module.compile()
 
+    model = distributed(student)
     for step in range(run.start, steps):
         seed_step(seed, step)
         epoch = step / steps_per_epoch
@@ -159,8 +173,8 @@ if __name__ == "__main__":
 
         # --- method
         with autocast:
-            z = student(views)
-        z = z.float()
+            z = model(views)
+        z = float32(z)
         cc = torch.stack([cross_correlation_loss(z[u], z[v], lambd) for u, v in pairs]).mean()
         loss, parts = cc, {"cc": cc}
         # --- end method
@@ -172,7 +186,7 @@ if __name__ == "__main__":
         optimizer.step()
 
         done = step + 1
-        run.bar.update()
+        run.update()
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:
             row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"])

@@ -19,9 +19,15 @@ from pathlib import Path
 import einops
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
+from torch.nn.parallel import DistributedDataParallel
+
+if int(os.environ.get("RANK", 0)):  # of the processes of torchrun the first one speaks
+    os.environ["TQDM_DISABLE"] = "1"
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 from tqdm import tqdm
 
 
@@ -32,7 +38,7 @@ class UserError(ValueError):
 # ----------------------------------------------------------------------------------------------------------------- keys
 
 
-CHOICES = {"dtype": ("auto", "float32", "bfloat16"), "logger": ("", "tensorboard", "wandb")}
+CHOICES = {"dtype": ("auto", "float32", "bfloat16", "float64"), "logger": ("", "tensorboard", "wandb")}
 CHOICES |= {"head": ("shared", "two"), "weights": ("teacher", "student")}
 RANGES = {  # lowest and highest value of a script's keys
     (2, math.inf): "batch_size",  # one image has no batch statistics
@@ -123,6 +129,9 @@ def check(config):
     """Raises UserError for the first value that cannot be."""
     from vit import check_size
 
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if config.get("batch_size", 0) % processes:
+        raise UserError(f"--batch_size={config['batch_size']} is for all processes together and cannot be shared by {processes}")
     for (low, high), keys in RANGES.items():
         for key in keys.split():
             value = config.get(key, low)
@@ -143,7 +152,13 @@ def check(config):
 def explain(kind, error, trace):
     close_bars()
     if issubclass(kind, UserError):
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)  # the first process says it for all, and torchrun ends it when another has ended
+        else:
+            print(f"error: {error}", file=sys.stderr)
+    elif world() > 1 and issubclass(kind, RuntimeError) and re.search("peer|[Cc]onnection|NCCL|[Tt]imed out", str(error)):
+        lost = f"another process of this run ended or hangs ({first_line(error)})"
+        print(f"error: process {rank()} stops, {lost}; ckpt.pt is as it was last saved, go on with --resume=True", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped before the first step: nothing to save", file=sys.stderr)
     else:
@@ -178,17 +193,26 @@ def read_json(path):
     raise UserError(f"{path} cannot be read ({error}): the run is not to be had without it")
 
 
-def setup(device, dtype, seed):
-    """Device and autocast context of a run. Raises UserError for what this machine does not have."""
+def setup(device, dtype, seed, batch_size=0):
+    """Device and autocast context of a run, and its processes joined. Raises UserError for what this machine does not have."""
     torch.manual_seed(seed)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.zeros((), device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={device} does not work here ({first_line(error)}): try --device=cpu") from None
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if dtype == "float64":
+        torch.set_default_dtype(torch.float64)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # torchrun
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    batch_rand.rows = batch_size // world()
     if device.type == "cpu" and sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):  # glibc: keep freed memory instead of asking the kernel anew, a step takes a fifth less
@@ -207,6 +231,91 @@ def cosine(start, end, step, steps, warmup=0):
     if step < warmup:
         return start * step / warmup
     return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class MeanOfProcesses(torch.autograd.Function):
+    """all_reduce has no gradient. With the mean of the processes' gradients here, DistributedDataParallel's mean is the true one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+        return x / world()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return MeanOfProcesses.apply(gradient)
+
+
+def global_mean(x):
+    """A mean over this process's part of the batch -> the mean over the batch, with its gradient."""
+    return MeanOfProcesses.apply(x) if world() > 1 else x
+
+
+class BatchNorm1d(torch.nn.BatchNorm1d):
+    """BatchNorm with the statistics of the whole batch, of all processes, in training and evaluation. x [n d]."""
+
+    def __init__(self, dim):
+        super().__init__(dim, track_running_stats=False)
+
+    def forward(self, x):
+        if world() == 1:
+            return super().forward(x)
+        z = float32(x)
+        z = z - global_mean(z.mean(0))
+        z = z * (global_mean(z.square().mean(0)) + self.eps).rsqrt()
+        return (z * self.weight + self.bias).to(x.dtype)
+
+
+def batch_rand(n, device):
+    """`n` uniform random numbers for rows "(v b)" of this process's images: those that one process would draw for these."""
+    numbers = torch.rand(n * world(), device=device)
+    if world() == 1:
+        return numbers
+    return einops.rearrange(numbers, "(v w b) -> w (v b)", w=world(), b=batch_rand.rows)[rank()]
+
+
+def gather(x):
+    """Rows [n ...] of each process, their numbers may differ -> all rows, in order."""
+    if world() == 1:
+        return x
+    parts = [None] * world()
+    dist.all_gather_object(parts, x.cpu())
+    return torch.cat(parts).to(x.device)
+
+
+def distributed(module):
+    """The module, with gradients that are the mean over all processes."""
+    if world() == 1:
+        return module
+    device = next(module.parameters()).device
+    return DistributedDataParallel(module, [device] if device.type == "cuda" else None)
+
+
+def float32(x):
+    """What autocast made bfloat16, in float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def numbers(row):
+    """A row's tensors as numbers, the mean over all processes."""
+    names = [k for k, v in row.items() if isinstance(v, torch.Tensor)]
+    if not names:
+        return row
+    with torch.no_grad():
+        values = global_mean(torch.stack([row[k].detach().double() for k in names]))
+    return row | dict(zip(names, values.tolist(), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------------ run
@@ -231,7 +340,8 @@ class Run:
         self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         self.bar = tqdm(total=steps, initial=self.start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
         self.shown, self.clock, self.clock_step, self.warned = {}, time.time(), self.start, False
-        self.report = other_logger(config)
+        self.report = other_logger(config) if rank() == 0 else None
+        self.signals = dist.new_group(backend="gloo") if world() > 1 else None  # of the CPU: no step waits for it
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             signal.signal(number, self.on_signal)
 
@@ -239,12 +349,21 @@ class Run:
         self.stop = number
         signal.signal(number, signal.SIG_DFL)  # the second one ends it at once
 
+    def update(self):
+        """Moves the bar; what one process was told by a signal, all know after the same step."""
+        self.bar.update()
+        if world() > 1:
+            stop = torch.tensor(self.stop)
+            dist.all_reduce(stop, dist.ReduceOp.MAX, self.signals)
+            self.stop = stop.item()
+
     def write(self, name, content):
-        write_file(self.dir / name, content)
+        if rank() == 0:
+            write_file(self.dir / name, content)
 
     def row(self, step, **values):
         """What a log row starts with: finite numbers, and the images/s since the last row. Raises UserError for a NaN."""
-        row = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        row = numbers(values)
         bad = next((k for k, v in row.items() if not math.isfinite(v)), None)
         if bad:
             sound = f"{self.dir}/ckpt.pt holds the last sound step" if (self.dir / "ckpt.pt").exists() else "nothing was saved yet"
@@ -257,11 +376,13 @@ class Run:
 
     def log(self, step, row):
         """Adds a row to log.jsonl, with `knn_init` and a new curves.png if it is an evaluation."""
-        row = {"step": step} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+        row = {"step": step} | numbers(row)
         if "rank" in row:
             first = next((r["knn_init"] for r in self.rows if "knn_init" in r), row.get("knn"))
             row |= {} if first is None else {"knn_init": first}
         self.rows.append(row)
+        if rank():
+            return
         try:
             with open(self.dir / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -285,6 +406,8 @@ class Run:
         bad = next((name for name, t in tensors if not t.isfinite().all()), None)
         if bad:
             raise UserError(f"the {bad}'s weights are not finite at step {step}: not saved; {self.dir}/ckpt.pt, if there, is sound")
+        if rank():
+            return
         buffer = io.BytesIO()
         torch.save({"script": self.script, "step": step, "seconds": self.seconds, "config": self.config, **state}, buffer)
         self.write("ckpt.pt", buffer.getvalue())
@@ -458,16 +581,16 @@ def load_backbone(config, device):
 @torch.no_grad()
 def features(backbone, images, rows, device, autocast, batch_size=500):
     """[CLS] features float32 [m d] of some rows int64 [m] of uint8 images [n 3 s s]."""
-    from data import normalise
+    from data import from_bytes, normalise
 
     was, out = backbone.training, []
     backbone.eval()
-    for some in rows.split(batch_size):
+    for some in rows.tensor_split(world())[rank()].split(batch_size):
         with autocast:
-            z = backbone(normalise(images[some].to(device).float() / 255))
-        out.append(z.float())
+            z = backbone(normalise(from_bytes(images[some].to(device))))
+        out.append(float32(z))
     backbone.train(was)
-    return torch.cat(out)
+    return gather(torch.cat(out))
 
 
 def knn(bank, bank_labels, queries, k=20, temperature=0.07):
@@ -527,10 +650,12 @@ def collapse(rows, steps, config):
     return ""
 
 
+@torch.no_grad()
 def correlation_meters(z1, z2):
     """c_diag, c_off: mean of the diagonal, mean size off it, of the cross-correlation of two projections [b d]."""
-    z1, z2 = (F.batch_norm(z, None, None, training=True) for z in (z1, z2))
-    c, d = z1.T @ z2 / len(z1), z1.shape[1]
+    z1, z2 = (z - global_mean(z.mean(0)) for z in (z1, z2))
+    z1, z2 = (z / (global_mean(z.square().mean(0)) + 1e-5).sqrt() for z in (z1, z2))
+    c, d = global_mean(z1.T @ z2 / len(z1)), z1.shape[1]
     return {"c_diag": c.diagonal().mean(), "c_off": (c.abs().sum() - c.diagonal().abs().sum()) / max(d * d - d, 1)}
 
 
@@ -561,9 +686,9 @@ def crops_picture(images, views, names):
     """crops.png: images uint8 [b 3 s s] and their views, a list of [b 3 v v], a column each. Returns the file's bytes."""
     from PIL import Image, ImageDraw  # not matplotlib: a run starts half a second sooner
 
-    from data import MEAN, STD
+    from data import MEAN, STD, from_bytes
 
-    columns = [images.cpu().float() / 255]
+    columns = [from_bytes(images.cpu())]
     columns += [v.cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None] for v in views]
     zoom = max(128 // images.shape[-1], 1)
     cell = zoom * images.shape[-1] + 8

@@ -2,8 +2,8 @@
 
 A data set is `images` uint8 [n 3 s s] and `labels` int64 [n]. A view is a random crop, flip, colour jitter, grey, blur and
 solarize (BYOL's augmentation, 2006.07733 appendix B, as DINO uses it), every image with its own parameters. All random
-numbers of a step come from numpy's generator seeded with (seed, step, rank), on the CPU: the same step gives the same views
-on every device, and resuming needs no state.
+numbers of a step come from numpy's generator seeded with (seed, step), on the CPU: the same step gives the same views on every
+device, however many processes share the batch, and resuming needs no state.
 
 Letters in shapes:  b images  n data set  s image side  v side of a view  i rows or columns of a view, j of an image
 """
@@ -24,7 +24,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 import decoding
-from common import UserError
+from common import UserError, rank, world
 
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet32", "stl10", "folder")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
@@ -84,7 +84,7 @@ def training_split(data, knn_bank, knn_queries, batch_size):
 
 
 class Batches:
-    """Batches(...)(step): the images of a step, uint8 [b 3 s s] on `device`.
+    """Batches(...)(step): the images of a step, uint8 [b 3 s s] on `device`; of several processes each has its part.
 
     Images of up to `memory_gib` are held on the device, a larger set is read from its file two steps ahead, in the background.
     """
@@ -98,7 +98,8 @@ class Batches:
         self.rows, self.batch_size, self.seed, self.device, self.ahead = kept, batch_size, seed, device, {}
 
     def read(self, step):
-        batch = self.images[self.rows[batch_indices(len(self.rows), self.batch_size, self.seed, step)]]
+        some = batch_indices(len(self.rows), self.batch_size, self.seed, step).chunk(world())[rank()]
+        batch = self.images[self.rows[some]]
         return batch.pin_memory() if self.pool and self.device.type == "cuda" else batch
 
     def __call__(self, step):
@@ -339,13 +340,16 @@ def batch_indices(n, batch_size, seed, step):
 
 
 @torch.no_grad()
-def multi_crop(images, crops, seed, step, rank=0):
+def multi_crop(images, crops, seed, step):
     """Random views of a batch: images uint8 [b 3 s s] -> for each Crop a float tensor [b 3 v v], normalised.
+
+    With several processes the images are this one's part of the batch, and the numbers drawn for the others' are left out.
 
     Crops of one size are made together; about 5,000 images a second in 2 + 6 views on two CPU cores.
     """
-    rng = np.random.default_rng((seed, 1, step, rank))
-    drawn = [draw(len(images), images.shape[-1], crop, rng) for crop in crops]
+    rng = np.random.default_rng((seed, 1, step, 0))
+    drawn = [draw(len(images) * world(), images.shape[-1], crop, rng) for crop in crops]
+    drawn = [{k: value.chunk(world())[rank()] for k, value in p.items()} for p in drawn]
     views = {}
     for size in {crop.size for crop in crops}:
         mine = [v for v, crop in enumerate(crops) if crop.size == size]
@@ -366,7 +370,7 @@ def draw(b, side, crop, rng):
     """The parameters of `b` views, each [b]; an operation that is not drawn gets the value that changes nothing."""
 
     def uniform(low, high, *shape):
-        return torch.from_numpy(rng.uniform(low, high, (b, *shape)).astype(np.float32))
+        return torch.from_numpy(rng.uniform(low, high, (b, *shape))).to(torch.get_default_dtype())
 
     def happens(probability):
         return uniform(0, 1) < probability
@@ -397,7 +401,7 @@ def draw(b, side, crop, rng):
 def augment(images, p, order, size):
     """Images uint8 [b 3 s s] and the parameters `p` of draw() -> normalised views [b 3 size size]."""
     here = {k: value.to(images.device, non_blocking=True) for k, value in p.items()}
-    x = resized_crop(images.float() / 255, here["left"], here["top"], here["width"], here["height"], here["flip"], size)
+    x = resized_crop(from_bytes(images), here["left"], here["top"], here["width"], here["height"], here["flip"], size)
     jitters = (brightness, contrast, saturation, hue)
     for jitter in (jitters[i] for i in order):
         x = jitter(x, here[jitter.__name__])
@@ -407,6 +411,11 @@ def augment(images, p, order, size):
             some = flags.nonzero()[:, 0].to(x.device, non_blocking=True)
             x[some] = blur(x[some], here["blur"][some]) if operation is blur else operation(x[some])
     return normalise(x)
+
+
+def from_bytes(images):
+    """uint8 [...] -> floats from 0 to 1."""
+    return images.to(torch.get_default_dtype()) / 255
 
 
 def normalise(x):
@@ -487,7 +496,7 @@ def blur(x, sigma):
     taps = (-0.5 * (offset / sigma[:, None]) ** 2).softmax(-1)  # [b t]
     source = (torch.arange(size, device=x.device)[:, None] + offset).abs()  # [i t]
     source = torch.where(source < size, source, 2 * (size - 1) - source)
-    matrix = torch.einsum("b t, i t j -> b i j", taps, F.one_hot(source, size).float())
+    matrix = torch.einsum("b t, i t j -> b i j", taps, F.one_hot(source, size).to(x.dtype))
     return torch.einsum("b y h, b c h x -> b c y x", matrix, torch.einsum("b c h w, b x w -> b c h x", x, matrix))
 
 
@@ -515,7 +524,7 @@ if __name__ == "__main__":  # what a data set looks like
             print(f"no test images: {error}")
             continue
         rows = torch.from_numpy(np.random.default_rng(seed).permutation(len(data.images))[:5000])
-        some = data.images[rows].float() / 255
+        some = from_bytes(data.images[rows])
         mean, std = (" ".join(f"{v:.3f}" for v in f((0, 2, 3))) for f in (some.mean, some.std))
         labels = torch.empty(0).long() if data.labels is None else data.labels[data.labels >= 0]
         each = labels.bincount() if len(labels) else torch.zeros(1).long()

@@ -19,7 +19,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import Run, configure, correlation_meters, cosine, crops_picture, entropy, evaluate, seed_step, setup
+from common import (
+    BatchNorm1d,
+    Run,
+    configure,
+    correlation_meters,
+    cosine,
+    crops_picture,
+    distributed,
+    entropy,
+    evaluate,
+    float32,
+    global_mean,
+    seed_step,
+    setup,
+)
 from data import Batches, Crop, load, multi_crop, training_split
 from vit import ViT
 
@@ -88,7 +102,7 @@ class Head(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        norm = (lambda: nn.BatchNorm1d(hidden_dim, track_running_stats=False)) if head_bn else nn.Identity
+        norm = (lambda: BatchNorm1d(hidden_dim)) if head_bn else nn.Identity
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden_dim),
             norm(),
@@ -152,7 +166,7 @@ def parameter_groups(model):
 
 if __name__ == "__main__":
     config = configure(globals())  # from here on every key has its final value
-    device, autocast = setup(device, dtype, seed)
+    device, autocast = setup(device, dtype, seed, batch_size)
     data = load(dataset, data_dir, image_size, skip_bad_images=skip_bad_images)
     kept, bank, queries = training_split(data, knn_bank, knn_queries, batch_size)
     batches = Batches(data.images, kept, batch_size, seed, device, memory_gib)
@@ -182,6 +196,7 @@ if __name__ == "__main__":
         for module in state.values():
             module.compile()
 
+    model = distributed(student)
     for step in range(run.start, steps):
         seed_step(seed, step)
         epoch = step / steps_per_epoch
@@ -194,8 +209,8 @@ if __name__ == "__main__":
         warm = tau_t < tau_s and epoch < tau_t_warmup_epochs
         tau = tau_t_start + (tau_t - tau_t_start) * epoch / tau_t_warmup_epochs if warm else tau_t
         with autocast:
-            zs, zt = student(views), teacher(views[:2])
-        zs, zt = zs.float(), zt.float()
+            zs, zt = model(views), teacher(views[:2])
+        zs, zt = float32(zs), float32(zt)
         pt = ((zt - center) / tau).softmax(-1)  # [u b k]
         ce = (cross_entropy(pt, zs, tau_s) * pairs).sum() / pairs.sum()
         loss, parts = ce, {"ce": ce}
@@ -213,11 +228,11 @@ if __name__ == "__main__":
         # --- method
         update_teacher(teacher, student, cosine(ema, ema_end, step, steps) if ema else 0.0)
         if centering:
-            center.lerp_(zt.mean((0, 1)), 1 - center_momentum)
+            center.lerp_(global_mean(zt.mean((0, 1))), 1 - center_momentum)
         # --- end method
 
         done = step + 1
-        run.bar.update()
+        run.update()
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:
             row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"])

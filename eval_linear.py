@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import UserError, configure_evaluation, cosine, git_commit, knn, load_backbone, setup, write_file
-from data import Crop, batch_indices, draw, load, normalise, resized_crop
+from data import Crop, batch_indices, draw, from_bytes, load, normalise, resized_crop
 from vit import check_size
 
 ckpt = ""  # what to evaluate: ckpt.pt, an export folder, an official DINO .pth, or random
@@ -51,7 +51,7 @@ dtype = "auto"  # float32 or bfloat16 for the backbone; auto: bfloat16 on a GPU 
 
 PRESETS = {"shapes": dict(dim=64, depth=3, heads=2)}  # as the training scripts have it, for --ckpt=random
 
-SETTINGS = list(product((0.1, 0.3, 1.0, 3.0), (0.0, 1e-4, 1e-3)))  # learning rate, weight decay
+SETTINGS = list(product((0.1, 0.3, 1.0, 3.0, 10.0), (0.0, 1e-4, 1e-3)))  # learning rate, weight decay
 NEIGHBOURS = (10, 20, 100, 200)
 
 
@@ -68,7 +68,7 @@ def extract_all(backbone, images, device, autocast, what):
     """Images uint8 [n 3 s s] -> a feature [n d] for each linear protocol."""
     chunks = []
     for chunk in tqdm(images.split(500), f"features of {what}", unit_scale=500, unit=" images", disable=len(images) < 1000):
-        chunks.append(extract(backbone, normalise(chunk.to(device).float() / 255), autocast))
+        chunks.append(extract(backbone, normalise(from_bytes(chunk.to(device))), autocast))
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
@@ -136,7 +136,7 @@ def probe_all(train, labels, classes, settings, device, images=None, backbone=No
 
     def augmented(step):
         some = batch_indices(n, size, seed, step)
-        x = images[some].to(device).float() / 255
+        x = from_bytes(images[some].to(device))
         p = draw(size, x.shape[-1], Crop(x.shape[-1], (0.08, 1.0)), np.random.default_rng((seed, 4, step)))
         p = {k: p[k].to(device) for k in ("left", "top", "width", "height", "flip")}
         return standardise(extract(backbone, normalise(resized_crop(x, **p, size=x.shape[-1])), autocast)), labels[some.to(device)]

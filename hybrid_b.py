@@ -20,7 +20,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import Run, configure, correlation_meters, cosine, crops_picture, entropy, evaluate, seed_step, setup
+from common import (
+    BatchNorm1d,
+    Run,
+    configure,
+    correlation_meters,
+    cosine,
+    crops_picture,
+    distributed,
+    entropy,
+    evaluate,
+    float32,
+    global_mean,
+    seed_step,
+    setup,
+)
 from data import Batches, Crop, load, multi_crop, training_split
 from vit import ViT
 
@@ -95,7 +109,7 @@ class Head(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        norm = (lambda: nn.BatchNorm1d(hidden_dim, track_running_stats=False)) if head_bn else nn.Identity
+        norm = (lambda: BatchNorm1d(hidden_dim)) if head_bn else nn.Identity
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden_dim),
             norm(),
@@ -119,8 +133,8 @@ class Head(nn.Module):
 
 def projector(dim):
     """Barlow Twins' projector, for head='two'. x [n d] -> z [n proj_dim]."""
-    hidden = (nn.Linear(dim, proj_dim, bias=False), nn.BatchNorm1d(proj_dim, track_running_stats=False), nn.ReLU())
-    more = (nn.Linear(proj_dim, proj_dim, bias=False), nn.BatchNorm1d(proj_dim, track_running_stats=False), nn.ReLU())
+    hidden = (nn.Linear(dim, proj_dim, bias=False), BatchNorm1d(proj_dim), nn.ReLU())
+    more = (nn.Linear(proj_dim, proj_dim, bias=False), BatchNorm1d(proj_dim), nn.ReLU())
     return nn.Sequential(*hidden, *more, nn.Linear(proj_dim, proj_dim, bias=False))
 
 
@@ -148,14 +162,14 @@ def cross_entropy(pt, zs, tau_s):
 
 def standardise(z):
     """Columns of z [b d] to mean 0 and standard deviation 1 over the batch; a constant column to 0."""
-    z = z - z.mean(0)
-    return z / (z.square().mean(0) + 1e-6).sqrt()
+    z = z - global_mean(z.mean(0))
+    return z / (global_mean(z.square().mean(0)) + 1e-6).sqrt()
 
 
 def cross_correlation_loss(z1, z2, lambd):
     """CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D of two projections [b d] of the same images."""
     b, d = z1.shape
-    c = standardise(z1).T @ standardise(z2) / b
+    c = global_mean(standardise(z1).T @ standardise(z2) / b)
     on_diagonal = (1 - c.diagonal()).square().sum()
     off_diagonal = (c - c.diagonal().diag()).square().sum()
     return (on_diagonal + lambd * off_diagonal) / d
@@ -183,7 +197,7 @@ def parameter_groups(model):
 
 if __name__ == "__main__":
     config = configure(globals())  # from here on every key has its final value
-    device, autocast = setup(device, dtype, seed)
+    device, autocast = setup(device, dtype, seed, batch_size)
     data = load(dataset, data_dir, image_size, skip_bad_images=skip_bad_images)
     kept, bank, queries = training_split(data, knn_bank, knn_queries, batch_size)
     batches = Batches(data.images, kept, batch_size, seed, device, memory_gib)
@@ -213,6 +227,7 @@ if __name__ == "__main__":
         for module in state.values():
             module.compile()
 
+    model = distributed(student)
     for step in range(run.start, steps):
         seed_step(seed, step)
         epoch = step / steps_per_epoch
@@ -225,8 +240,8 @@ if __name__ == "__main__":
         warm = tau_t < tau_s and epoch < tau_t_warmup_epochs
         tau = tau_t_start + (tau_t - tau_t_start) * epoch / tau_t_warmup_epochs if warm else tau_t
         with autocast:
-            (zs, ys), (zt, _) = student(views[:-1]), teacher(views[-1:])
-        zs, zt, ys = zs.float(), zt.float(), ys.float()
+            (zs, ys), (zt, _) = model(views[:-1]), teacher(views[-1:])
+        zs, zt, ys = float32(zs), float32(zt), float32(ys)
         pt = ((zt - center) / tau).softmax(-1)  # [u b k]
         ce = cross_entropy(pt, zs, tau_s).mean()
         others = range(1, len(zs) if cc_local else 2)
@@ -246,11 +261,11 @@ if __name__ == "__main__":
         # --- method
         update_teacher(teacher, student, cosine(ema, ema_end, step, steps) if ema else 0.0)
         if centering:
-            center.lerp_(zt.mean((0, 1)), 1 - center_momentum)
+            center.lerp_(global_mean(zt.mean((0, 1))), 1 - center_momentum)
         # --- end method
 
         done = step + 1
-        run.bar.update()
+        run.update()
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:
             row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"])

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from attn_viz import attend, jaccard, keep_mass, png
 from common import UserError, configure_evaluation, cosine, git_commit, load_backbone, seed_step, setup, write_file
-from data import batch_indices, normalise
+from data import batch_indices, from_bytes, normalise
 from masks import has_masks, load_masks
 from vit import check_size
 
@@ -80,7 +80,7 @@ class Finetuned(nn.Module):
 
 def patch_tokens(backbone, images):
     """Images uint8 [b 3 s s] -> normalised patch tokens of the last block [b d y x]."""
-    x = backbone.layers(normalise(images.float() / 255))[-1][:, 1:]
+    x = backbone.layers(normalise(from_bytes(images)))[-1][:, 1:]
     return rearrange(x, "b (y x) d -> b d y x", y=images.shape[-1] // backbone.patch_size)
 
 
@@ -222,7 +222,7 @@ if __name__ == "__main__":
         else:
             make, parts = head, [cached_tokens(network, split.images, device, autocast, name) for split in (learn, test)]
         results[name], predictions[name] = select_and_measure(make, *parts, learn.masks, test.masks, classes, device, autocast, name)
-    parts = [F.avg_pool2d(split.images.float() / 255, patch_size) for split in (learn, test)]
+    parts = [F.avg_pool2d(from_bytes(split.images), patch_size) for split in (learn, test)]
     make, name = partial(Head, 3, classes, image_size), "colour alone"
     results[name], _ = select_and_measure(make, *parts, learn.masks, test.masks, classes, device, autocast, name)
     results["ceiling of the patch grid"] = score(best_of_grid(test.masks, patch_size, classes), test.masks, classes)

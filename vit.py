@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import UserError
+from common import UserError, batch_rand
 
 
 class Attention(nn.Module):
@@ -57,7 +57,7 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training or self.rate == 0:
             return x
-        keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.rate
+        keep = batch_rand(len(x), x.device)[:, None, None] >= self.rate
         return x * keep / (1 - self.rate)
 
 

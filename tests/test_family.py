@@ -77,7 +77,7 @@ def test_nothing_drifts(sources):
     "what, old, new",
     [
         ("an edited line in a loop", "loss.backward()", "(2 * loss).backward()"),
-        ("a line more in a loop", "        run.bar.update()\n", "        run.bar.update()\n        step += 0\n"),
+        ("a line more in a loop", "        run.update()\n", "        run.update()\n        step += 0\n"),
         ("a renamed key", "grad_clip", "clip_grad"),
         ("a changed default", "wd_end = 0.4", "wd_end = 0.3"),
         ("a changed preset", "base_lr=2e-3", "base_lr=3e-3"),

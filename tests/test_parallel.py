@@ -1,0 +1,161 @@
+"""Several processes give the result of one, through the real command, with different images on each; and they end together."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from common import load_checkpoint
+from conftest import ROOT, SCRIPTS, tiny
+
+# A bias ahead of a BatchNorm has no gradient but rounding's, 1e-13, of which AdamW (eps 1e-8) makes a step of 1e-5 learning rates: with
+# this one 1e-11. Where there is a gradient a step is 1e-6, whatever its size, so that a wrong one shows.
+KEYS = dict(dtype="float64", max_steps=5, base_lr=2e-5, warmup_epochs=0.0, drop_path=0.3, log_every=1)
+
+
+def start(processes, script, **keys):
+    """The command of a user, `processes` = 0: without torchrun."""
+    keys = KEYS | ({"freeze_last_layer_epochs": 0.0, "ema": 0.9} if script != "barlow.py" else {}) | keys
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    words = [sys.executable, *launch, str(keys.pop("folder", ROOT) / script), *tiny(script, **keys)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def run(*args, **keys):
+    process = start(*args, **keys)
+    process.out, process.err = process.communicate(timeout=180)
+    return process
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """one(script): the checkpoint and the rows of one process."""
+
+    @functools.cache
+    def result(script):
+        out = tmp_path_factory.mktemp("one") / "run"
+        done = run(0, script, out_dir=out)
+        assert done.returncode == 0, done.err
+        return results(out)
+
+    return result
+
+
+def results(out):
+    return load_checkpoint(out / "ckpt.pt"), [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def difference(a, b):
+    """The largest between two checkpoints' tensors and two logs' numbers."""
+    (saved, rows), (others, other_rows) = a, b
+    worst = 0.0
+    for name in {"student", "teacher", "center"} & saved.keys():
+        pairs = [(saved[name], others[name])] if name == "center" else [(v, others[name][k]) for k, v in saved[name].items()]
+        worst = max(worst, *((x - y).abs().max().item() for x, y in pairs))
+    for row, other in zip(rows, other_rows, strict=True):
+        assert row.keys() == other.keys()
+        worst = max(worst, *(abs(row[k] - other[k]) for k in row if k != "images_per_s"))
+    return worst
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_processes_together_are_one(script, processes, one, tmp_path):
+    done = run(processes, script, out_dir=tmp_path / "run")
+    assert done.returncode == 0, done.err
+    assert difference(one(script), results(tmp_path / "run")) < 1e-10
+    assert done.out.count("minutes of training") == 1  # one process speaks
+
+
+MUTATIONS = {
+    "an all_reduce without a gradient": ("common.py", "return MeanOfProcesses.apply(gradient)", "return gradient / world()"),
+    "batch statistics of a process": ("hybrid_a.py", "z - global_mean(z.mean(0))", "z - z.mean(0)"),
+    "a centre of a process": ("hybrid_a.py", "center.lerp_(global_mean(zt.mean((0, 1)))", "center.lerp_(zt.mean((0, 1))"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_comparison_can_fail(mutation, one, tmp_path):
+    file, old, new = MUTATIONS[mutation]
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        assert path.name != file or old in text
+        (tmp_path / path.name).write_text(text.replace(old, new) if path.name == file else text)
+    done = run(2, "hybrid_a.py", folder=tmp_path, out_dir=tmp_path / "run")
+    assert done.returncode == 0, done.err
+    assert difference(one("hybrid_a.py"), results(tmp_path / "run")) > 1e-7
+
+
+def test_a_nan_of_one_process_stops_all_with_one_message(tmp_path):
+    for path in ROOT.glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text())
+    script = tmp_path / "dino.py"
+    bad = "        if step == 3 and os.environ['RANK'] == '1':\n            loss = loss * float('nan')\n        optimizer.zero_grad()"
+    script.write_text("import os\n" + script.read_text().replace("        optimizer.zero_grad()", bad, 1))
+    begun = time.time()
+    done = run(2, "dino.py", folder=tmp_path, out_dir=tmp_path / "run", save_every=1)
+    assert done.returncode != 0 and time.time() - begun < 30 + 15  # the start takes some
+    assert done.err.count("error: loss is nan at step 4") == 1 and f'File "{script}"' not in done.err
+    saved = load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert saved["step"] == 3 and all(v.isfinite().all() for v in saved["student"].values())
+
+
+def wait_for_a_row(process, out):
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_a_signal_saves_once_and_any_number_of_processes_go_on(tmp_path, one):
+    out = tmp_path / "run"
+    process = start(2, "hybrid_b.py", out_dir=out, max_steps=100_000)
+    wait_for_a_row(process, out)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert said.count("and saved; go on with") == 1
+    step = load_checkpoint(out / "ckpt.pt")["step"]
+    assert f"stopped at step {step} and saved" in said
+    for processes in (4, 1):
+        more = run(processes, "hybrid_b.py", out_dir=out, max_steps=step + 2, resume=True)
+        assert more.returncode == 0 and f"at step {step}" in more.out, more.err
+        step += 2
+        assert load_checkpoint(out / "ckpt.pt")["step"] == step
+
+
+def test_a_killed_process_ends_the_others_with_a_sentence(tmp_path):
+    out = tmp_path / "run"
+    process = start(2, "barlow.py", out_dir=out, max_steps=100_000, save_every=2)
+    wait_for_a_row(process, out)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "another process of this run ended" in err, err
+    assert load_checkpoint(out / "ckpt.pt")["step"] >= 2
+
+
+@pytest.mark.parametrize("processes, batch_size, words", [(2, 15, "batch_size=15"), (2, 20_000, "10800 images"), (4, 2, "by 4")])
+def test_what_cannot_be_shared_is_refused(processes, batch_size, words, tmp_path):
+    done = run(processes, "dino.py", out_dir=tmp_path / "run", batch_size=batch_size)
+    errors = [line for line in done.err.splitlines() if line.removeprefix("[rank0]: ").startswith("error: ")]
+    assert done.returncode != 0 and len(errors) == 1 and words in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_shares_the_images(tmp_path):
+    folder = tmp_path / "run"
+    assert run(0, "barlow.py", out_dir=folder, dtype="float32", max_steps=1).returncode == 0
+    for processes, out in ((0, "one"), (2, "two")):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+        keys = [f"--ckpt={folder}/ckpt.pt", "--epochs=1", f"--out_dir={tmp_path / out}"]
+        done = subprocess.run([sys.executable, *launch, str(ROOT / "eval_linear.py"), *keys], capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0 and done.stdout.count("top-1") == 1, done.stderr
+    one, two = (json.loads((tmp_path / out / "eval_linear.json").read_text())["results"] for out in ("one", "two"))
+    assert all(abs(one[name]["top1"] - two[name]["top1"]) < 0.003 for name in one)
+    assert torch.tensor([one["knn"]["top1"]]).item() > 0.1
