@@ -185,8 +185,8 @@ def permutation_test(d, groups, seeds, permutations, seed):
     mean, rng = d.mean(0), np.random.default_rng((seed, 5))
     between, within = between_within(mean, groups, seeds)
     names, sizes = groups.unique(return_counts=True)
-    if max(sizes) < 2:
-        return {"between": between.item()}
+    if not (between.isfinite() and within.isfinite()):  # no two runs of one group, or of one seed only
+        return {"between": between_within(mean, groups, torch.arange(len(seeds)))[0].item()}
     effect = between - within
     paired = all(torch.equal(seeds[groups == g].sort()[0], seeds[groups == names[0]].sort()[0]) for g in names)
     dealt, ways = np.tile(groups, (permutations, 1)), 1.0
@@ -208,8 +208,8 @@ def sentence(test, names, level=0.05):
     """The answer in words."""
     if "p" not in test:
         return (
-            f"{' and '.join(names)} differ by {test['between']:.3f} bits. Whether that is more than another seed would make cannot "
-            "be said: give two runs or more of a script, --ckpt=name=A/ckpt.pt:B/ckpt.pt,..."
+            f"The attention maps of {' and '.join(names)} differ by {test['between']:.3f} bits. Whether that is more than another seed "
+            "would make cannot be said: give two runs or more of a script, --ckpt=name=A/ckpt.pt:B/ckpt.pt,..."
         )
     (low, high), paired = test["interval95"], ", paired by seed" if test["paired"] else ""
     figures = (
@@ -296,7 +296,7 @@ def divergence_picture(mean, names, groups, seeds):
     middles = [(a + b - 1) / 2 for a, b in pairwise(starts)]
     table, other = np.full((k, k), np.nan), seeds[:, None] != seeds
     for a, b in product(range(k), range(k)):
-        pairs = mean[(groups[:, None] == a) & (groups == b) & other]
+        pairs = mean[(groups[:, None] == a) & (groups == b) & (other | (a != b) * ~other[groups == a][:, groups == b].any())]
         table[a, b] = pairs.mean() if len(pairs) else np.nan
     right.imshow(table, cmap="viridis", vmin=0, vmax=float(mean.max()))
     for a, b in np.argwhere(~np.isnan(table)):
@@ -382,11 +382,12 @@ if __name__ == "__main__":
     d = divergences(means)
     asked = torch.tensor([name in groups and name != "random" for name, *_ in runs])
     tested = [name for name in groups if name != "random"]
-    tests = {}
+    tests = []
     for some in [tested, *(combinations(tested, 2) if len(tested) > 2 else [])]:
         if len(some) > 1:
             chosen = asked & torch.tensor([name in some for name, *_ in runs])
-            tests[" ".join(some)] = permutation_test(d[:, chosen][:, :, chosen], of[chosen], seeds[chosen], permutations, seed)
+            test = permutation_test(d[:, chosen][:, :, chosen], of[chosen], seeds[chosen], permutations, seed)
+            tests.append({"groups": list(some)} | test)
 
     masked = data.masks is not None
     print(f"\n{len(data.images)} images of {images or dataset}, {image_size} pixels, last block; means over heads, images and runs\n")
@@ -402,8 +403,9 @@ if __name__ == "__main__":
         print(f"| {name} | {len(mine)} | " + " | ".join(f"{np.mean(c):.3f} ± {np.std(c):.3f}" for c in cells) + " |")
     floor = f"uniform attention has an entropy of {report[0]['entropy_uniform']:.2f} bits"
     print(f"\n{floor}" + (f" and {report[0]['area_of_mask']:.3f} of its mass in the mask" if masked else ""))
-    for some, test in tests.items():
-        print(f"\n{sentence(test, some.split())}" if some == " ".join(tested) else sentence(test, some.split()))
+    print()
+    for test in tests:
+        print(sentence(test, test["groups"]))
 
     if ckpt.split(",")[0] == "random":
         folder = Path(out_dir or f"out/random-{dataset or 'images'}")

@@ -166,8 +166,13 @@ def test_effect_interval_and_smallest_p(seeds, smallest):
     assert test["p"] == pytest.approx(smallest, abs=0.04) and test["paired"] == (smallest == 0.25)
     assert "No difference" in sentence(test, ["a", "b"]) and "train more seeds" in sentence(test, ["a", "b"])
     assert "differ by more than seeds do" in sentence(test | {"p": 0.01}, ["a", "b"])
-    alone = permutation_test(d[:, :2, :2], torch.tensor([0, 1]), seeds[:2], 100, seed=0)
-    assert alone.keys() == {"between"} and "cannot be said" in sentence(alone, ["a", "b"])
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (0, 0)])
+def test_one_run_each_is_a_divergence_and_no_answer(seeds):
+    d = divergences(planted(2, 20, 2.0, seed=0))
+    alone = permutation_test(d, torch.tensor([0, 1]), torch.tensor(seeds), 100, seed=0)
+    assert alone == {"between": pytest.approx(d[:, 0, 1].mean().item())} and "cannot be said" in sentence(alone, ["a", "b"])
 
 
 def test_maps_on_other_grids_are_compared_on_the_coarsest():
@@ -194,7 +199,7 @@ def test_the_command_compares_runs_of_other_widths_and_patches(train, command, t
     assert "between scripts" in done.stdout and "| random | 3 |" in done.stdout
     report = json.loads((tmp_path / "out" / "attention.json").read_text())
     assert report["group_of_run"] == [0, 0, 1, 2, 2, 2] and np.shape(report["divergence_bits"]) == (6, 6)
-    assert report["runs"][2]["entropy_uniform"] == 4 and report["tests"]["one two"]["smallest_p"] == pytest.approx(1 / 3)
+    assert report["runs"][2]["entropy_uniform"] == 4 and report["tests"][0]["smallest_p"] == pytest.approx(1 / 3)
     for picture in ("attention.png", "divergence.png"):
         assert min(Image.open(tmp_path / "out" / picture).size) > 300
 
