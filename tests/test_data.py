@@ -35,9 +35,9 @@ def photographs(root, n=4, classes=("a", "b"), part="train"):
 
 def imagenet(root, n=10, width=3072, low=1, high=200, batches=(1,), dtype=np.uint8, **more):
     root.mkdir(exist_ok=True)
-    for name in (*(f"train_data_batch_{i}" for i in batches), "val_data"):
+    for seed, name in enumerate((*(f"train_data_batch_{i}" for i in batches), "val_data")):
         labels = np.linspace(low, high, n).astype(np.int64)
-        np.savez(root / f"{name}.npz", **{"data": noise(n, width).astype(dtype), "labels": labels} | more)
+        np.savez(root / f"{name}.npz", **{"data": noise(n, width, seed=seed).astype(dtype), "labels": labels} | more)
     return root
 
 
