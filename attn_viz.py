@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from common import UserError, configure_evaluation, git_commit, load_backbone, setup, write_file
+from common import UserError, check_size, git_commit, setup, write_file
 from data import Split, decode, from_bytes, image_files, load, normalise
+from evaluation import configure_evaluation, load_backbone
 from masks import has_masks, load_masks
-from vit import check_size
 
 ckpt = ""  # what to look at: A,B,... or name=A:B,name=C:D; each a ckpt.pt, an export folder, an official DINO .pth, or random
 weights = "teacher"  # or student, where a checkpoint has both

@@ -501,7 +501,8 @@ def blur(x, sigma):
 
 
 if __name__ == "__main__":  # what a data set looks like
-    from common import crops_picture, read_keys, write_file
+    from common import read_keys, write_file
+    from monitor import crops_picture
 
     dataset = "shapes"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
     data_dir = "data"  # where its files are, or are downloaded to

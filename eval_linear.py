@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError, configure_evaluation, cosine, git_commit, knn, load_backbone, setup, write_file
+from common import UserError, check_size, cosine, git_commit, setup, write_file
 from data import Crop, batch_indices, draw, from_bytes, load, normalise, resized_crop
-from vit import check_size
+from evaluation import configure_evaluation, load_backbone
+from monitor import knn
 
 ckpt = ""  # what to evaluate: ckpt.pt, an export folder, an official DINO .pth, or random
 weights = "teacher"  # or student, where a checkpoint has both

@@ -20,22 +20,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import (
-    BatchNorm1d,
-    Run,
-    configure,
-    correlation_meters,
-    cosine,
-    crops_picture,
-    distributed,
-    entropy,
-    evaluate,
-    float32,
-    global_mean,
-    seed_step,
-    setup,
-)
+from common import BatchNorm1d, configure, cosine, distributed, float32, global_mean, seed_step, setup
 from data import Batches, Crop, load, multi_crop, training_split
+from monitor import correlation_meters, crops_picture, entropy, evaluate
+from run import Run
 from vit import ViT
 
 dataset = "cifar10"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder

@@ -28,10 +28,10 @@ from torch import nn
 from tqdm import tqdm
 
 from attn_viz import attend, jaccard, keep_mass, png
-from common import UserError, configure_evaluation, cosine, git_commit, load_backbone, seed_step, setup, write_file
+from common import UserError, check_size, cosine, git_commit, seed_step, setup, write_file
 from data import batch_indices, from_bytes, normalise
+from evaluation import configure_evaluation, load_backbone
 from masks import has_masks, load_masks
-from vit import check_size
 
 ckpt = ""  # what to evaluate: ckpt.pt, an export folder, an official DINO .pth, or random
 weights = "teacher"  # or student, where a checkpoint has both

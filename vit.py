@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import UserError, batch_rand
+from common import UserError, batch_rand, check_size
 
 
 class Attention(nn.Module):
@@ -143,14 +143,6 @@ class ViT(nn.Module):
         for before in self.blocks[:block]:
             x = before(x)
         return self.blocks[block].attn.weights(self.blocks[block].norm1(x))
-
-
-def check_size(size, patch_size):
-    """Raises UserError, naming the nearest sizes that work, unless patch_size divides size."""
-    if size % patch_size or size < patch_size:
-        below = size // patch_size * patch_size
-        near = " or ".join(str(s) for s in (below, below + patch_size) if s)
-        raise UserError(f"an image size of {size} is not a multiple of patch_size={patch_size}: try {near}")
 
 
 def init_weights(module):

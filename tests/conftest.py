@@ -15,6 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 import data  # noqa: E402
+import monitor  # noqa: E402
+import run as run_module  # noqa: E402
 
 data.shapes = functools.cache(data.shapes)  # made once for all tests
 
@@ -52,8 +54,8 @@ def train(tmp_path, monkeypatch):
 
             patch.setattr(torch.Tensor, "backward", spied)
             if not pictures:  # they take longer than the steps
-                patch.setattr(common, "crops_picture", lambda *args: b"")
-                patch.setattr(common, "curves_picture", lambda *args: b"")
+                patch.setattr(monitor, "crops_picture", lambda *args: b"")
+                patch.setattr(run_module, "curves_picture", lambda *args: b"")
             return runpy.run_path(str(ROOT / script), run_name="__main__")
 
     yield run

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import eval_linear
-from common import features
 from data import batch_indices, load
 from eval_linear import SETTINGS, accuracy, balanced, evaluate, train_probes
+from monitor import features
 from test_run import refused
 from vit import ViT
 

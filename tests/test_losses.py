@@ -138,7 +138,7 @@ def test_a_run_with_a_tiny_batch_or_one_column_stays_finite(train, script, keys)
 
 
 def test_entropy():
-    from common import entropy
+    from monitor import entropy
 
     assert entropy(torch.full((3, 8), 1 / 8)).item() == pytest.approx(math.log(8))
     assert entropy(F.one_hot(torch.arange(3), 8).float()).item() == 0

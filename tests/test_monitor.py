@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import collapse, correlation_meters, cosine, evaluate, features, knn
+from common import cosine
 from conftest import SCRIPTS
 from data import Split, load, training_split
+from monitor import collapse, correlation_meters, evaluate, features, knn
 from vit import ViT
 
 

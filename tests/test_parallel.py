@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from common import load_checkpoint
 from conftest import ROOT, SCRIPTS, tiny
+from run import load_checkpoint
 
 # A bias ahead of a BatchNorm has no gradient but rounding's, 1e-13, of which AdamW (eps 1e-8) makes a step of 1e-5 learning rates: with
 # this one 1e-11. Where there is a gradient a step is 1e-6, whatever its size, so that a wrong one shows.

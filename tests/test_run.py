@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 import common
 import data
 import decoding
-from common import UserError, load_checkpoint
+from common import UserError
 from conftest import ROOT, SCRIPTS, tiny
+from run import load_checkpoint
 from vit import ViT
 
 

@@ -1,0 +1,131 @@
+"""How a run is watched: features and their k-NN accuracy, collapse meters, pictures."""
+
+import io
+import math
+
+import einops
+import torch
+import torch.nn.functional as F
+
+from common import float32, gather, global_mean, rank, world
+from data import MEAN, STD, from_bytes, normalise
+
+
+@torch.no_grad()
+def features(backbone, images, rows, device, autocast, batch_size=500):
+    """[CLS] features float32 [m d] of some rows int64 [m] of uint8 images [n 3 s s]."""
+    was, out = backbone.training, []
+    backbone.eval()
+    for some in rows.tensor_split(world())[rank()].split(batch_size):
+        with autocast:
+            z = backbone(normalise(from_bytes(images[some].to(device))))
+        out.append(float32(z))
+    backbone.train(was)
+    return gather(torch.cat(out))
+
+
+def knn(bank, bank_labels, queries, k=20, temperature=0.07):
+    """Weighted k-NN (Wu et al., 1805.01978): features [n d], labels int64 [n], queries [m d] -> votes [m classes].
+
+    A query's k nearest bank images by cosine vote with weight exp(cosine / temperature); the answer is the argmax.
+    """
+    bank, votes = F.normalize(bank, dim=1), []
+    for chunk in F.normalize(queries, dim=1).split(1000):
+        similar, nearest = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
+        empty = torch.zeros(len(chunk), int(bank_labels.max()) + 1, device=bank.device)
+        votes.append(empty.scatter_add_(1, bank_labels[nearest], (similar / temperature).exp()))
+    return torch.cat(votes)
+
+
+def evaluate(backbone, data, bank, queries, device, autocast):
+    """One evaluation row: knn (share of the queries that are right, absent without labels), feature_std, rank.
+
+    data: Split; bank, queries: rows of it, int64 [m]. feature_std is the mean column's std of L2-normalised features times sqrt(d),
+    1 when they fill the sphere and 0 when they collapse (SimSiam, 2011.10566); rank is RankMe (2210.02885), exp of the entropy of
+    the singular values.
+    """
+    z, row = features(backbone, data.images, bank, device, autocast), {}
+    if len(queries):
+        votes = knn(z, data.labels[bank].to(device), features(backbone, data.images, queries, device, autocast))
+        row["knn"] = (votes.argmax(1) == data.labels[queries].to(device)).float().mean()
+    z = F.normalize(z[:4096], dim=1)
+    p = torch.linalg.svdvals(z)
+    p = p / p.sum() + 1e-7
+    return row | {"feature_std": z.std(0).mean() * z.shape[1] ** 0.5, "rank": (-(p * p.log()).sum()).exp()}
+
+
+def entropy(p):
+    """Mean entropy in nats of distributions p [... k]; ln k when uniform, 0 when each is one prototype."""
+    return -(p * p.clamp(min=1e-12).log()).sum(-1).mean()
+
+
+def collapse(rows, steps, config):
+    """One sentence when the last rows, 4 % of the run and two at least, all show features that collapse, else an empty one."""
+    window = [r for r in rows if "loss" in r][-max(2, steps // (25 * config["log_every"])) :]
+
+    def always(key, low, high):
+        return len(window) > 1 and all(low <= row.get(key, math.inf) <= high for row in window)
+
+    uniform = math.log(config.get("out_dim", 2))
+    if always("teacher_entropy", 0.99 * uniform, uniform + 1):
+        return f"the teacher is uniform over the prototypes (teacher_entropy is ln out_dim = {uniform:.3f}): sharpen it, tau_t < tau_s"
+    if always("teacher_entropy", 0, 0.01 * uniform):
+        return "the teacher puts every image on one prototype (teacher_entropy is 0): is centering on?"
+    if always("kl", -1, 0.01):
+        return f"every image has the same output (kl between teacher and student is {rows[-1]['kl']:.2g}): sharpen or center"
+    warm = rows[-1].get("epoch", 0) < config["warmup_epochs"]  # at a learning rate near 0 nothing moves yet
+    if not warm and always("ce", 0.99 * uniform, 1.01 * uniform):
+        return f"ce is stuck at ln out_dim = {uniform:.3f}, the loss of a student that knows nothing"
+    if rows[-1].get("feature_std", 1) < 0.01:
+        return f"all images have the same features (feature_std is {rows[-1]['feature_std']:.2g})"
+    return ""
+
+
+@torch.no_grad()
+def correlation_meters(z1, z2):
+    """c_diag, c_off: mean of the diagonal, mean size off it, of the cross-correlation of two projections [b d]."""
+    z1, z2 = (z - global_mean(z.mean(0)) for z in (z1, z2))
+    z1, z2 = (z / (global_mean(z.square().mean(0)) + 1e-5).sqrt() for z in (z1, z2))
+    c, d = global_mean(z1.T @ z2 / len(z1)), z1.shape[1]
+    return {"c_diag": c.diagonal().mean(), "c_off": (c.abs().sum() - c.diagonal().abs().sum()) / max(d * d - d, 1)}
+
+
+def curves_picture(rows):
+    """curves.png: every column of the log against the step, what belongs together in one panel. Returns the file's bytes."""
+    from matplotlib.figure import Figure  # here, for the import takes a second
+
+    panels = {"loss": ["loss", "ce", "cc"], "k-NN accuracy": ["knn", "knn_init"], "teacher entropy, KL": ["teacher_entropy", "kl"]}
+    panels |= {"feature std, C": ["feature_std", "c_diag", "c_off"], "RankMe": ["rank"], "learning rate": ["lr"]}
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axis, (title, keys) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
+        for key in keys:
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 30 else None)
+        axis.set(title=title, xlabel="step")
+        if axis.lines:
+            axis.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def crops_picture(images, views, names):
+    """crops.png: images uint8 [b 3 s s] and their views, a list of [b 3 v v], a column each. Returns the file's bytes."""
+    from PIL import Image, ImageDraw  # not matplotlib: a run starts half a second sooner
+
+    columns = [from_bytes(images.cpu())]
+    columns += [v.cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None] for v in views]
+    zoom = max(128 // images.shape[-1], 1)
+    cell = zoom * images.shape[-1] + 8
+    sheet = Image.new("RGB", (cell * len(columns), cell * len(images) + 20), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (column, name) in enumerate(zip(columns, ["image", *names], strict=True)):
+        pen.text((i * cell + 4, 4), name, "black")
+        for j, pixels in enumerate((column.clamp(0, 1) * 255).byte()):
+            tile = Image.fromarray(einops.rearrange(pixels, "c h w -> h w c").numpy())
+            tile = tile.resize((zoom * tile.width, zoom * tile.height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (i * cell + 4, j * cell + 20))
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="png")
+    return buffer.getvalue()
