@@ -67,6 +67,7 @@ proj_dim = 1024  # of the projector, D
 # --- end method
 
 PRESETS = {  # what a data set changes in the defaults
+    "stl10": dict(image_size=96, local_size=48, patch_size=8, blur=True),
     "shapes": dict(dim=64, depth=3, heads=2, max_steps=300, base_lr=2e-3, warmup_epochs=0.5, eval_every=50, save_every=100)
     | dict(knn_bank=5000, proj_dim=256)
 }

@@ -18,6 +18,7 @@ Letters in shapes:  b images  d width of a feature  s settings  c classes  n dat
 
 import hashlib
 import json
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError, check_size, cosine, git_commit, setup, write_file
+from common import UserError, check_size, cosine, gather, git_commit, rank, setup, world, write_file
 from data import Crop, batch_indices, draw, from_bytes, load, normalise, resized_crop
 from evaluation import configure_evaluation, load_backbone
 from monitor import knn
@@ -50,7 +51,7 @@ seed = 0  # of the split, the order and the crops
 device = "auto"  # cuda, mps or cpu; auto: the first of them that is here
 dtype = "auto"  # float32 or bfloat16 for the backbone; auto: bfloat16 on a GPU that has it
 
-PRESETS = {"shapes": dict(dim=64, depth=3, heads=2)}  # as the training scripts have it, for --ckpt=random
+PRESETS = {"shapes": dict(dim=64, depth=3, heads=2), "stl10": dict(image_size=96, patch_size=8)}  # as the training scripts have it, for --ckpt=random
 
 SETTINGS = list(product((0.1, 0.3, 1.0, 3.0, 10.0), (0.0, 1e-4, 1e-3)))  # learning rate, weight decay
 NEIGHBOURS = (10, 20, 100, 200)
@@ -66,11 +67,11 @@ def extract(backbone, x, autocast):
 
 
 def extract_all(backbone, images, device, autocast, what):
-    """Images uint8 [n 3 s s] -> a feature [n d] for each linear protocol."""
-    chunks = []
+    """Images uint8 [n 3 s s] -> a feature [n d] for each linear protocol; of several processes each does its part."""
+    images, chunks = images.tensor_split(world())[rank()], []
     for chunk in tqdm(images.split(500), f"features of {what}", unit_scale=500, unit=" images", disable=len(images) < 1000):
         chunks.append(extract(backbone, normalise(from_bytes(chunk.to(device))), autocast))
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    return {name: gather(torch.cat([chunk[name] for chunk in chunks])) for name in chunks[0]}
 
 
 def balanced(labels, share, seed):
@@ -208,6 +209,8 @@ if __name__ == "__main__":
         train = train._replace(images=train.images[some], labels=train.labels[some])
     parts = {"training": train, "test": test}
     features = {what: extract_all(backbone, split.images, device, autocast, what) for what, split in parts.items()}
+    if rank():
+        sys.exit()  # the probes are the first process's
     labels, test_labels = train.labels.to(device), test.labels.to(device)
     again = {"images": train.images, "backbone": backbone, "autocast": autocast} if augment else {}
     results = evaluate(features["training"], labels, features["test"], test_labels, len(train.classes), device, **again)

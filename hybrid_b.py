@@ -86,6 +86,7 @@ head = "shared"  # both losses on one Z; two: CC has a Barlow projector of its o
 proj_dim = 512  # of that projector
 
 PRESETS = {  # what a data set changes in the defaults
+    "stl10": dict(image_size=96, local_size=48, patch_size=8, blur=True),
     "shapes": dict(dim=64, depth=3, heads=2, max_steps=300, base_lr=2e-3, warmup_epochs=0.5, eval_every=50, save_every=100)
     | dict(knn_bank=5000, n_local=2, hidden_dim=512, bottleneck_dim=128, out_dim=128, tau_t=0.04, tau_t_warmup_epochs=0.0, ema=0.8)
     | dict(alpha=20.0)

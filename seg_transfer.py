@@ -17,6 +17,7 @@ Letters in shapes:  b n images  s image side  y x patch grid  d width  c classes
 
 import copy
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from attn_viz import attend, jaccard, keep_mass, png
-from common import UserError, check_size, cosine, git_commit, seed_step, setup, write_file
+from common import UserError, check_size, cosine, gather, git_commit, rank, seed_step, setup, world, write_file
 from data import batch_indices, from_bytes, normalise
 from evaluation import configure_evaluation, load_backbone
 from masks import has_masks, load_masks
@@ -68,11 +69,11 @@ class Head(nn.Module):
 
 
 class Finetuned(nn.Module):
-    """A backbone of its own and a head. Images uint8 [b 3 s s] -> class scores [b c s s]."""
+    """A copy of a backbone, and a head that `head` makes. Images uint8 [b 3 s s] -> class scores [b c s s]."""
 
     def __init__(self, backbone, head):
         super().__init__()
-        self.backbone, self.head = copy.deepcopy(backbone), head
+        self.backbone, self.head = copy.deepcopy(backbone), head()
 
     def forward(self, x):
         return self.head(patch_tokens(self.backbone, x))
@@ -86,12 +87,12 @@ def patch_tokens(backbone, images):
 
 @torch.no_grad()
 def cached_tokens(backbone, images, device, autocast, what):
-    """patch_tokens of all images, in pieces, float32 on the CPU."""
-    chunks = []
+    """patch_tokens of all images, in pieces, float32 on the CPU; of several processes each does its part."""
+    images, chunks = images.tensor_split(world())[rank()], []
     for chunk in tqdm(images.split(250), f"features of {what}", unit_scale=250, unit=" images", disable=len(images) < 1000):
         with autocast:
             chunks.append(patch_tokens(backbone, chunk.to(device)).float().cpu())
-    return torch.cat(chunks)
+    return gather(torch.cat(chunks))
 
 
 def train(make, inputs, masks, lr, device, autocast, progress):
@@ -215,19 +216,21 @@ if __name__ == "__main__":
     if ckpt != "random":
         like = config | shape | {"ckpt": "random", "image_size": image_size, "patch_size": patch_size}
         sources["random weights"], _ = load_backbone(like, device)
-    head = partial(Head, backbone.dim, classes, image_size)
+    head, tasks = partial(Head, backbone.dim, classes, image_size), {}
     for name, network in sources.items():
         if finetune:
-            make, parts = lambda network=network: Finetuned(network, head()), [learn.images, test.images]
+            tasks[name] = partial(Finetuned, network, head), [learn.images, test.images]
         else:
-            make, parts = head, [cached_tokens(network, split.images, device, autocast, name) for split in (learn, test)]
+            tasks[name] = head, [cached_tokens(network, split.images, device, autocast, name) for split in (learn, test)]
+    colours = [F.avg_pool2d(from_bytes(split.images), patch_size) for split in (learn, test)]
+    tasks["colour alone"] = partial(Head, 3, classes, image_size), colours
+    maps, _ = attend(backbone, test.images, device, autocast)
+    if rank():
+        sys.exit()  # the heads are the first process's
+    for name, (make, parts) in tasks.items():
         results[name], predictions[name] = select_and_measure(make, *parts, learn.masks, test.masks, classes, device, autocast, name)
-    parts = [F.avg_pool2d(from_bytes(split.images), patch_size) for split in (learn, test)]
-    make, name = partial(Head, 3, classes, image_size), "colour alone"
-    results[name], _ = select_and_measure(make, *parts, learn.masks, test.masks, classes, device, autocast, name)
     results["ceiling of the patch grid"] = score(best_of_grid(test.masks, patch_size, classes), test.masks, classes)
 
-    maps, _ = attend(backbone, test.images, device, autocast)
     kept = keep_mass(maps.mean(1, keepdim=True), 0.6)
     best_head, _ = jaccard(keep_mass(maps, 0.6), test.masks)
     mean_map, _ = jaccard(kept, test.masks)
@@ -249,7 +252,7 @@ if __name__ == "__main__":
     folder = Path(out_dir or default)
     rows = torch.from_numpy(np.random.default_rng((seed, 8)).permutation(len(test.images))[:8])
     mask = F.interpolate(kept[rows].float(), size=(image_size, image_size), mode="nearest")[:, 0].short()
-    columns = {"truth": test.masks[rows]} | {name: p[rows] for name, p in predictions.items()}
+    columns = {"truth": test.masks[rows]} | {name: predictions[name][rows] for name in sources}
     columns |= {"60 % of attention": mask}
     write_file(folder / "seg_transfer.json", json.dumps(report, indent=1))
     write_file(folder / "segmentation.png", segmentation_picture(test.images[rows], columns, learn.classes))

@@ -213,7 +213,7 @@ def test_finetuning_trains_the_backbone_and_leaves_the_original(monkeypatch):
     vit, images = ViT(8, 4, 12, 1, 2).eval(), torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8)
     before = {k: v.clone() for k, v in vit.state_dict().items()}
     bar = seg_transfer.tqdm(disable=True)
-    make = lambda: seg_transfer.Finetuned(vit, Head(12, 2, 8))
+    make = lambda: seg_transfer.Finetuned(vit, lambda: Head(12, 2, 8))
     model = seg_transfer.train(make, images, random_masks(6, 8, 8, high=2), 0.01, CPU, FLOAT32, bar)
     assert all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())
     changed = [k for k, v in model.backbone.state_dict().items() if not torch.equal(v, before[k])]
