@@ -51,7 +51,8 @@ seed = 0  # of the split, the order and the crops
 device = "auto"  # cuda, mps or cpu; auto: the first of them that is here
 dtype = "auto"  # float32 or bfloat16 for the backbone; auto: bfloat16 on a GPU that has it
 
-PRESETS = {"shapes": dict(dim=64, depth=3, heads=2), "stl10": dict(image_size=96, patch_size=8)}  # as the training scripts have it, for --ckpt=random
+# as the training scripts have it, for --ckpt=random
+PRESETS = {"shapes": dict(dim=64, depth=3, heads=2), "stl10": dict(image_size=96, patch_size=8)}
 
 SETTINGS = list(product((0.1, 0.3, 1.0, 3.0, 10.0), (0.0, 1e-4, 1e-3)))  # learning rate, weight decay
 NEIGHBOURS = (10, 20, 100, 200)
