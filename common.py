@@ -99,15 +99,15 @@ def configure(script):
     config |= given | {"out_dir": str(out)}
     config["data_dir"] = str(Path(config["data_dir"]).expanduser().absolute())  # so that resuming works from any folder
     check(config)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if config["batch_size"] % processes:
+        raise UserError(f"--batch_size={config['batch_size']} is for all processes together and cannot be shared by {processes}")
     script.update(config)
     return config
 
 
 def check(config):
     """Raises UserError for the first value that cannot be."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if config.get("batch_size", 0) % processes:
-        raise UserError(f"--batch_size={config['batch_size']} is for all processes together and cannot be shared by {processes}")
     for (low, high), keys in RANGES.items():
         for key in keys.split():
             value = config.get(key, low)
