@@ -6,12 +6,12 @@ divergence, 0 to 1 bit:
 
     JSD(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2        d[r, s] = mean over images, of the mean maps of runs r and s
 
-    effect = mean d between groups - mean d within groups        p = share of all ways to deal the runs out with an effect as large
+    effect = mean d between groups - mean over groups of d within        p = share of all ways to deal the runs out with as large an effect
 
 Runs are dealt out, all images of a run together, for a run is what a seed makes anew: exchanging images alone would take two
 seeds of one script for two scripts. Runs of one seed start from the same weights and see the same views, so two of them are never
 compared, and if every group has the same seeds, runs are dealt out within a seed (a paired test). The interval is a bootstrap
-over images, for these runs.
+over images, for these runs. Groups whose seeds spread differently are found different, too.
 
     python attn_viz.py --ckpt=out/dino-shapes/ckpt.pt,out/barlow-shapes/ckpt.pt                 pictures and figures
     python attn_viz.py --ckpt=dino=a/ckpt.pt:b/ckpt.pt,barlow=c/ckpt.pt:d/ckpt.pt               groups: the test too
@@ -45,6 +45,7 @@ data_dir = ""  # where its files are; empty: where the first run found them
 images = ""  # a folder of your own images instead
 out_dir = ""  # where pictures and attention.json go; empty: next to the first checkpoint
 image_size = 0  # pixels; 0: what the first backbone was trained with
+skip_bad_images = False  # of a folder: leave out what cannot be read, up to 1 %
 n_images = 500  # at most so many images of the test set for the figures
 rows = 4  # images in attention.png
 blocks = "last"  # or all: attention.png shows the mean map of every block
@@ -64,13 +65,15 @@ COLUMNS = 13  # of attention.png, at most, before it goes on below
 def read_groups(text):
     """'A,B' or 'name=A:B,name=C:D' -> {name: [checkpoint, ...]}; a checkpoint without a name is called after its folder."""
     groups = {}
-    for item in filter(None, text.split(",")):
+    for item in text.split(","):
         named = None if Path(item).exists() else re.match(r"([^/=]+)=(.+)$", item)
         folder = Path(item).absolute()
         name = named[1] if named else item if item == "random" else folder.name if folder.is_dir() else folder.parent.name
         if name in groups:
             raise UserError(f"--ckpt has two groups called {name}: name them, --ckpt=a=A/ckpt.pt,b=B/ckpt.pt")
         groups[name] = named[2].split(":") if named else [item]
+        if not all(groups[name]) or (name == "random") != (set(groups[name]) == {"random"}):
+            raise UserError(f"--ckpt={text}: '{item}' is no checkpoint, nor name=A:B; the name random is for random weights alone")
     return groups
 
 
@@ -169,11 +172,13 @@ def divergences(maps):
 def between_within(d, groups, seeds):
     """d [... r r], the group of each run [... r], its seed [r] -> mean d of two runs of two groups, and of one group, each [...].
 
-    Two runs of the same seed are not compared.
+    Two runs of the same seed are not compared; a group counts once, however many runs it has (as in the energy distance).
     """
     pair = (seeds[:, None] != seeds).float().triu(1)
     same = (groups[..., :, None] == groups[..., None, :]) * pair
-    between, within = ((d * some).sum((-2, -1)) / some.sum((-2, -1)) for some in (pair - same, same))
+    between = (d * (pair - same)).sum((-2, -1)) / (pair - same).sum((-2, -1))
+    of_group = [same * (groups == g)[..., None] for g in groups.unique()]
+    within = torch.stack([(d * some).sum((-2, -1)) / some.sum((-2, -1)) for some in of_group]).nanmean(0)  # nan: one run alone
     return between, within
 
 
@@ -302,10 +307,10 @@ def divergence_picture(mean, names, groups, seeds):
     right.imshow(table, cmap="viridis", vmin=0, vmax=float(mean.max()))
     for a, b in np.argwhere(~np.isnan(table)):
         right.text(b, a, f"{table[a, b]:.3f}", ha="center", va="center", color="white" if table[a, b] < 0.6 * mean.max() else "black")
-    titles = "each run against each", "means of runs with different seeds"
+    titles = "each run against each", "means of groups, of different seeds where there are"
     for axis, title, ticks in zip((left, right), titles, (middles, range(k)), strict=True):
         axis.set(title=title, xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
-        axis.tick_params(axis="x", labelrotation=30)
+        axis.tick_params(axis="x", labelrotation=90 if max(map(len, names)) > 10 else 30)
     figure.colorbar(image, ax=(left, right), label="Jensen-Shannon divergence of mean attention maps, bits")
     return png(figure)
 
@@ -331,9 +336,10 @@ def own_images(folder, size):
     return torch.stack(made), broken
 
 
-def choose_images(dataset, data_dir, size, n, seed):
+def choose_images(dataset, data_dir, size, n, seed, skip_bad_images):
     """At most `n` random images of a test set, with masks where it has them: Split."""
-    data = load_masks(dataset, data_dir, size, "test") if has_masks(dataset, data_dir) else load(dataset, data_dir, size, "test")
+    maker = load_masks if has_masks(dataset, data_dir) else load
+    data = maker(dataset, data_dir, size, "test", skip_bad_images)
     some = torch.from_numpy(np.random.default_rng((seed, 6)).permutation(len(data.images))[:n])
     return data._replace(images=data.images[some], labels=None, masks=None if data.masks is None else data.masks[some])
 
@@ -360,7 +366,7 @@ if __name__ == "__main__":
         dataset, data_dir = dataset or about.get("dataset", ""), data_dir or about.get("data_dir", "data")
         if not dataset:
             raise UserError(f"--ckpt={ckpt} does not say what it was trained on: give --dataset, or --images=FOLDER")
-        data = choose_images(dataset, data_dir, image_size, n_images, seed)
+        data = choose_images(dataset, data_dir, image_size, n_images, seed, skip_bad_images)
 
     report, means, panels = [], [], {}
     for name, path, backbone, known in tqdm(runs, "attention", unit="run", disable=len(data.images) < 100):
@@ -393,7 +399,7 @@ if __name__ == "__main__":
             tests.append({"groups": list(some)} | test)
 
     masked = data.masks is not None
-    print(f"\n{len(data.images)} images of {images or dataset}, {image_size} pixels, last block; means over heads, images and runs\n")
+    print(f"\n{len(data.images)} images of {images or dataset}, {image_size} pixels, last block; means over heads, images, ± std of runs\n")
     columns = ["entropy, bits", "distance, pixels", "head diversity, bits"]
     columns += ["mass in mask", "J60 best head", "J60 mean map", "J80 best head", "J80 mean map"] * masked
     print(f"| group | runs | {' | '.join(columns)} |\n|---|---:|{'---:|' * len(columns)}")
@@ -403,12 +409,12 @@ if __name__ == "__main__":
         if masked:
             cells.append([np.mean(row["mass_in_mask"]) for row in mine])
             cells += [[row[f"jaccard_{p}"][key] for row in mine] for p in (60, 80) for key in ("best_head", "mean_map")]
-        print(f"| {name} | {len(mine)} | " + " | ".join(f"{np.mean(c):.3f} ± {np.std(c):.3f}" for c in cells) + " |")
+        spread = [f" ± {np.std(c, ddof=1):.3f}" if len(c) > 1 else "" for c in cells]
+        print(f"| {name} | {len(mine)} | " + " | ".join(f"{np.mean(c):.3f}{s}" for c, s in zip(cells, spread, strict=True)) + " |")
     floor = f"uniform attention has an entropy of {report[0]['entropy_uniform']:.2f} bits"
     print(f"\n{floor}" + (f" and {report[0]['area_of_mask']:.3f} of its mass in the mask" if masked else ""))
-    print()
-    for test in tests:
-        print(sentence(test, test["groups"]))
+    for i, test in enumerate(tests):
+        print("\n" * (i == 0) + "\nPairs, each on its own, not corrected for their number:\n" * (i == 1) + sentence(test, test["groups"]))
 
     if ckpt.split(",")[0] == "random":
         folder = Path(out_dir or f"out/random-{dataset or 'images'}")

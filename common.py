@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ CHOICES |= {"head": ("shared", "two"), "weights": ("teacher", "student")}
 RANGES = {  # lowest and highest value of a script's keys
     (2, math.inf): "batch_size",  # one image has no batch statistics
     (1, math.inf): """epochs dim depth heads patch_size log_every eval_every save_every out_dim hidden_dim bottleneck_dim
-        proj_dim knn_bank knn_queries""",
+        proj_dim knn_bank knn_queries rows n_images permutations""",
     (0, math.inf): """seed memory_gib max_steps n_local base_lr min_lr warmup_epochs wd wd_end grad_clip alpha lambd
         freeze_last_layer_epochs tau_t_warmup_epochs""",
     (0, 1): "ema ema_end center_momentum label_fraction",
@@ -137,9 +138,10 @@ def explain(kind, error, trace):
     close_bars()
     if issubclass(kind, UserError):
         if int(os.environ.get("RANK", 0)):
-            time.sleep(5)  # the first process says it for all, and torchrun ends it when another has ended
-        else:
-            print(f"error: {error}", file=sys.stderr)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)  # if the first process says it for all, torchrun ends this one meanwhile
+        who = f" of process {os.environ['RANK']}" if int(os.environ.get("RANK", 0)) else ""
+        print(f"error{who}: {error}", file=sys.stderr)
     elif world() > 1 and issubclass(kind, RuntimeError) and re.search("peer|[Cc]onnection|NCCL|[Tt]imed out", str(error)):
         lost = f"another process of this run ended or hangs ({first_line(error)})"
         print(f"error: process {rank()} stops, {lost}; ckpt.pt is as it was last saved, go on with --resume=True", file=sys.stderr)

@@ -8,9 +8,11 @@ device, however many processes share the batch, and resuming needs no state.
 Letters in shapes:  b images  n data set  s image side  v side of a view  i rows or columns of a view, j of an image
 """
 
+import contextlib
 import functools
 import hashlib
 import os
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from math import pi
@@ -86,14 +88,15 @@ def training_split(data, knn_bank, knn_queries, batch_size):
 class Batches:
     """Batches(...)(step): the images of a step, uint8 [b 3 s s] on `device`; of several processes each has its part.
 
-    Images of up to `memory_gib` are held on the device, a larger set is read from its file two steps ahead, in the background.
+    Images of up to `memory_gib` are held on the device; of a larger set batches are read two steps ahead, in the background, from the
+    file where a `folder` is kept, from memory for the other data sets.
     """
 
     def __init__(self, images, kept, batch_size, seed, device, memory_gib):
         gib = images[0].numel() * len(images) / 2**30
         self.pool = None if gib <= memory_gib else ThreadPoolExecutor(1)
         if self.pool:
-            print(f"{gib:.3g} GiB of images, more than --memory_gib={memory_gib:g}: they are read ahead from disk", flush=True)
+            print(f"{gib:.3g} GiB of images, more than --memory_gib={memory_gib:g}: batches are read ahead", flush=True)
         self.images = images if self.pool else images.to(device)
         self.rows, self.batch_size, self.seed, self.device, self.ahead = kept, batch_size, seed, device, {}
 
@@ -276,9 +279,10 @@ def cached(root, paths, size, name, skip_bad_images=False):
     sizes and dates. Raises UserError for images that cannot be read, or leaves them out, up to 1 %.
     """
     try:
-        stamp = "\n".join(f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in paths)
+        stats = [(os.path.relpath(path, root), os.stat(path)) for path in paths]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it") from None
+    stamp = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
     folder = root.parent / ".cache"
     if not os.access(root.parent, os.W_OK):
         folder = Path.home() / ".cache" / "dino-twins" / hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]
@@ -286,9 +290,7 @@ def cached(root, paths, size, name, skip_bad_images=False):
     try:
         with tqdm(total=len(paths), desc=f"decoding into {folder}", unit=" images", disable=file.exists()) as bar:
             flags = decoding.decode_all(paths, size, file, lambda n: bar.update(n - bar.n))
-        for old in folder.glob(f"{name}-{size}-*"):  # of the folder as it was
-            if not old.name.startswith(file.stem):
-                old.unlink(missing_ok=True)
+        remove_old(folder, rf"{re.escape(name)}-{size}-[0-9a-f]{{16}}", file.stem)
         images = torch.from_numpy(np.load(file, mmap_mode="c"))
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"the cache {file} cannot be made or read: {error}") from None
@@ -306,6 +308,18 @@ def cached(root, paths, size, name, skip_bad_images=False):
             raise UserError(f"{sentence}: mend or remove, or leave out with --skip_bad_images=True")
         print(f"left out {len(broken)} of {len(paths)} images: {sentence}", flush=True)
     return images, [paths[i] for i in decoding.rows_of(flags)]
+
+
+def remove_old(folder, names, new):
+    """Removes caches called like `names`, of a folder as it was before, but `new` and what another process is making."""
+    for lock in folder.glob("*.lock"):
+        if re.fullmatch(names, lock.stem) and lock.stem != new:
+            try:
+                with decoding.locked(lock, wait=False):
+                    for suffix in (".npy", ".npy.part", ".flags", ".paths"):
+                        lock.with_suffix(suffix).unlink(missing_ok=True)
+            except OSError:  # another's
+                pass
 
 
 def decode(path, size):
@@ -501,7 +515,7 @@ def blur(x, sigma):
 
 
 if __name__ == "__main__":  # what a data set looks like
-    from common import read_keys, write_file
+    from common import check, read_keys, write_file
     from monitor import crops_picture
 
     dataset = "shapes"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
@@ -513,6 +527,7 @@ if __name__ == "__main__":  # what a data set looks like
     skip_bad_images = False  # of a folder: leave out what cannot be read, up to 1 %
     seed = 0  # of the images and views in crops.png
     keys, given = read_keys(globals())
+    check(keys | given | {"n_local": 1, "patch_size": 1})
     globals().update(given)
 
     lines = ["| split | images | without label | classes | images of a class | pixels | mean | std |", f"|---|{'---:|' * 7}"]
@@ -536,8 +551,11 @@ if __name__ == "__main__":  # what a data set looks like
     if dataset == "folder":
         from PIL import Image
 
-        paths, _ = image_files(data_dir)
-        sides = np.array([Image.open(path).size for path in paths[:: len(paths) // 1000 + 1]])
+        paths, sides = image_files(data_dir)[0], []
+        for path in paths[:: len(paths) // 1000 + 1]:
+            with contextlib.suppress(OSError):  # a broken one, of which load() has spoken
+                sides.append(Image.open(path).size)
+        sides = np.array(sides)
         for name, side in zip(("width", "height"), sides.T, strict=True):
             print(f"{name} of the files: {side.min()} to {side.max()} pixels, median {int(np.median(side))}")
     crops = [Crop(image_size, (0.4, 1.0), blur=1.0 * blur), Crop(image_size, (0.4, 1.0), blur=0.1 * blur, solarize=0.2)]

@@ -11,7 +11,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -55,19 +57,21 @@ def decode_all(paths, size, file, progress):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         count = min(cores, -(-len(paths) // BLOCK))
         command = [sys.executable, __file__, names, part, offset, size]
-        workers = [subprocess.Popen([str(word) for word in (*command, i, count)], stderr=subprocess.PIPE, text=True) for i in range(count)]
+        said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below; not a pipe, which would fill up
+        workers = [subprocess.Popen([str(word) for word in (*command, i, count)], stderr=said) for i in range(count)]
         try:
             while any(worker.poll() is None for worker in workers):
                 progress(int((np.fromfile(flags, np.uint8) > 0).sum()))
                 time.sleep(0.1)
-            failed = next((worker for worker in workers if worker.returncode), None)
-            if failed:
-                raise OSError((failed.stderr.read().strip().splitlines() or [f"exit code {failed.returncode}"])[-1])
+            code = next((worker.returncode for worker in workers if worker.returncode), 0)
+            if code:
+                said.seek(0)
+                raise OSError((said.read().strip().splitlines() or [f"exit code {code}"])[-1])
         finally:
             for worker in workers:
                 worker.kill()
-                worker.stderr.close()
                 worker.wait()
+            said.close()
         done = np.fromfile(flags, np.uint8)
         progress(int((done > 0).sum()))
         close_holes(part, offset, done)
@@ -94,8 +98,8 @@ def rows_of(flags):
 
 def close_holes(part, offset, flags):
     """Moves rows to where rows_of() has them. Killed and done again it does the same, for what it moves it does not remove."""
-    rows = rows_of(flags)
-    images = np.load(part, mmap_mode="r+")
+    rows, size = rows_of(flags), np.load(part, mmap_mode="r").shape[-1]
+    images = np.memmap(part, np.uint8, "r+", offset, (len(flags), 3, size, size))
     for i in np.flatnonzero(rows != np.arange(len(rows))):
         images[i] = images[rows[i]]
     images.flush()
@@ -106,18 +110,21 @@ def close_holes(part, offset, flags):
 
 
 class locked:
-    """Of all processes that make the same file, one at a time; a process that dies lets go."""
+    """Of all processes that make the same file, one at a time; a process that dies lets go. `wait=False`: OSError if another has it."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, wait=True):
+        self.path, self.wait = path, wait
 
     def __enter__(self):
         self.file = open(self.path, "w")
         try:
             import fcntl
 
-            fcntl.flock(self.file, fcntl.LOCK_EX)
-        except ImportError:  # Windows: start two runs on a new folder one after the other
+            fcntl.flock(self.file, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            self.file.close()
+            raise
+        except (ImportError, OSError):  # Windows, and disks without locks: start one run after the other
             pass
 
     def __exit__(self, *error):
@@ -151,6 +158,7 @@ def work(paths, array, offset, size, worker, workers):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    warnings.simplefilter("ignore")  # Pillow's, of files that can be read all the same
     try:
         work(*sys.argv[1:3], *(int(word) for word in sys.argv[3:]))
     except OSError as error:

@@ -19,6 +19,7 @@ def configure_evaluation(script):
         raise UserError("--ckpt is missing: give a run's ckpt.pt, its export/, an official DINO .pth, or random")
     preset = script["PRESETS"].get(given.get("dataset"), {}) if given["ckpt"] == "random" else {}
     config = keys | preset | given
+    config |= {key: str(Path(config[key]).expanduser()) for key in ("data_dir", "out_dir") if config[key]}
     check(config)
     script.update(config)
     return config

@@ -25,8 +25,8 @@ def has_masks(dataset, data_dir):
     return dataset in DATASETS and (dataset != "folder" or any((Path(data_dir) / part / "masks").is_dir() for part in ("val", "test")))
 
 
-def load_masks(dataset, data_dir, image_size, split="train"):
-    """One split, 'train' or 'test', with masks. Raises UserError for an unknown data set and absent, broken or foreign files."""
+def load_masks(dataset, data_dir, image_size, split="train", skip_bad_images=False):
+    """One split, 'train' or 'test', with masks: Split. Raises UserError for an unknown data set and absent, broken or foreign files."""
     if dataset == "shapes":
         data = load("shapes", data_dir, image_size, split)
         return data._replace(labels=None, classes=["background", "object"], masks=data.masks.short())
@@ -37,13 +37,18 @@ def load_masks(dataset, data_dir, image_size, split="train"):
     for image, mask in zip(images, paths, strict=True):
         if not os.path.exists(mask):
             raise UserError(f"{image} has no mask: {mask} is not there")
+    mask_of = dict(zip(images, paths, strict=True))
+    pixels, images = cached(root, images, image_size, f"{dataset}-{split}", skip_bad_images)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        masks = list(pool.map(functools.partial(decode_mask, size=image_size, ids=ids), paths, images))
+        masks = list(pool.map(functools.partial(decode_mask, size=image_size, ids=ids), [mask_of[image] for image in images], images))
     masks = torch.from_numpy(np.stack(masks))
     if masks.max() < 0:
         raise UserError(f"the masks of {root} hold nothing that counts: every pixel is marked as one to ignore")
+    if masks.max() == 0:
+        void = ": 255 is what does not count, divide masks of 0 and 255 by 255" if dataset == "folder" and masks.min() < 0 else ""
+        raise UserError(f"the masks of {root} hold no object, only background{void}")
     classes = classes or [f"class {i}" if i else "background" for i in range(int(masks.max()) + 1)]
-    return Split(cached(root, images, image_size, f"{dataset}-{split}")[0], None, classes, masks)
+    return Split(pixels, None, classes, masks)
 
 
 def mask_folder(root, split):
@@ -105,6 +110,8 @@ def decode_mask(path, image, size, ids):
             pixels = ids(np.asarray(mask).astype(np.int32)).astype(np.int32)
         if pixels.ndim != 2:
             raise ValueError("it has colours, a mask has a number for each pixel")
+        if pixels.max() > 32767:
+            raise ValueError(f"it has a class {pixels.max()}, 32767 is the largest")
         with Image.open(image) as photograph:
             sides = photograph.size if photograph.getexif().get(0x0112, 1) < 5 else photograph.size[::-1]  # EXIF: on its side
     except Exception as error:  # Pillow raises many kinds for broken files

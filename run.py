@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
 
 from common import UserError, first_line, git_commit, numbers, rank, world, write_file
+from decoding import locked
 from monitor import collapse, curves_picture
 
 
@@ -33,6 +35,9 @@ class Run:
         self.config, self.steps, self.state, self.dir = config, steps, state, Path(config["out_dir"])
         self.script, self.start, self.stop, self.seconds, self.rows = Path(sys.argv[0]).stem, 0, 0, 0.0, []
         self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.parent = os.getppid()
+        if rank() == 0:
+            self.lock = self.take_folder()
         if config["resume"]:
             self.restore(device)
         about = {"script": self.script, "git_commit": git_commit(), "device_name": self.device}
@@ -46,6 +51,20 @@ class Run:
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             signal.signal(number, self.on_signal)
 
+    def take_folder(self):
+        """Keeps other runs out of the folder for as long as this process lives."""
+        lock = locked(self.dir / ".lock", wait=False)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            lock.__enter__()
+        except BlockingIOError:
+            raise UserError(f"another process is writing into {self.dir}: give another --out_dir") from None
+        except OSError as error:
+            raise UserError(f"{self.dir} cannot be written ({error.strerror})") from None
+        if (self.dir / "config.json").exists() and not self.config["resume"]:
+            raise UserError(f"{self.dir} already holds a run: go on with --resume=True, or give another --out_dir")
+        return lock
+
     def on_signal(self, number, frame):
         self.stop = number
         signal.signal(number, signal.SIG_DFL)  # the second one ends it at once
@@ -54,6 +73,8 @@ class Run:
         """Moves the bar; what one process was told by a signal, all know after the same step."""
         self.bar.update()
         if world() > 1:
+            if os.getppid() != self.parent:  # torchrun was killed
+                self.stop = signal.SIGTERM
             stop = torch.tensor(self.stop)
             dist.all_reduce(stop, dist.ReduceOp.MAX, self.signals)
             self.stop = stop.item()
@@ -152,6 +173,8 @@ class Run:
         """Closes the bar; prints the results, or how to resume; ends the process when a signal asked for it."""
         step = self.bar.n
         self.bar.close()
+        if rank() == 0:
+            self.lock.__exit__()
         if self.stop and step < self.steps:
             out_dir = shlex.quote(str(self.dir))
             print(f"stopped at step {step} and saved; go on with: python {sys.argv[0]} --out_dir={out_dir} --resume=True")

@@ -39,6 +39,7 @@ weights = "teacher"  # or student, where a checkpoint has both
 dataset = ""  # shapes, folder, voc2012, pet or imagenet_s; empty: what the run was trained on
 data_dir = ""  # where its files are; empty: where the run found them
 out_dir = ""  # where segmentation.png and seg_transfer.json go; empty: next to the checkpoint
+skip_bad_images = False  # of a folder: leave out what cannot be read, up to 1 %
 image_size = 0  # pixels; 0: what the backbone was trained with
 finetune = False  # train the backbone too
 patch_size = 4  # pixels, of --ckpt=random
@@ -53,7 +54,7 @@ dtype = "auto"  # float32 or bfloat16 for the backbone; auto: bfloat16 on a GPU 
 
 PRESETS = {"shapes": dict(dim=64, depth=3, heads=2)}  # as the training scripts have it, for --ckpt=random
 
-LEARNING_RATES = {False: (3e-3, 1e-2, 3e-2, 1e-1), True: (1e-4, 3e-4, 1e-3, 3e-3)}  # of AdamW, by `finetune`
+LEARNING_RATES, FINETUNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), (1e-4, 3e-4, 1e-3, 3e-3)  # of AdamW
 PIXELS = 2**25  # scores computed at a time when nothing is learned
 
 
@@ -154,13 +155,13 @@ def best_of_grid(masks, patch_size, classes):
     return torch.cat(made)
 
 
-def select_and_measure(make, inputs, tests, masks, truth, classes, device, autocast, what):
-    """Selects the learning rate on a tenth of the training images, trains on all. Returns result and test predictions."""
+def select_and_measure(make, rates, inputs, tests, masks, truth, classes, device, autocast, what):
+    """Selects the learning rate, one of `rates`, on a tenth of the training images, trains on all. Returns result and test predictions."""
     order = torch.from_numpy(np.random.default_rng((seed, 7)).permutation(len(inputs)))
     held, kept = order[: max(len(order) // 10, 1)], order[max(len(order) // 10, 1) :]
     grid, settings = [], (make, inputs[kept], masks[kept])
-    with tqdm(total=max_steps * (len(LEARNING_RATES[finetune]) + 1), desc=what, unit="step") as progress:
-        for lr in LEARNING_RATES[finetune]:
+    with tqdm(total=max_steps * (len(rates) + 1), desc=what, unit="step") as progress:
+        for lr in rates:
             model = train(*settings, lr, device, autocast, progress)
             guess = predict(model, inputs[held], masks, classes, device, autocast)
             grid.append({"lr": lr, "held_out": score(guess, masks[held], classes)["miou"]})
@@ -207,7 +208,9 @@ if __name__ == "__main__":
     image_size = image_size or about["image_size"]
     patch_size, shape = backbone.patch_size, {"dim": backbone.dim, "depth": len(backbone.blocks), "heads": backbone.blocks[0].attn.heads}
     check_size(image_size, patch_size)
-    learn, test = load_masks(dataset, data_dir, image_size), load_masks(dataset, data_dir, image_size, "test")
+    learn, test = (load_masks(dataset, data_dir, image_size, split, skip_bad_images) for split in ("train", "test"))
+    if len(learn.images) < 2:
+        raise UserError(f"{data_dir} has one training image: one to learn from and one to hold out are the least")
     if test.masks.max() >= len(learn.classes):
         raise UserError(f"the test masks have a class {test.masks.max()}, the training masks only 0 to {len(learn.classes) - 1}")
     classes = len(learn.classes)
@@ -219,16 +222,16 @@ if __name__ == "__main__":
     head, tasks = partial(Head, backbone.dim, classes, image_size), {}
     for name, network in sources.items():
         if finetune:
-            tasks[name] = partial(Finetuned, network, head), [learn.images, test.images]
+            tasks[name] = partial(Finetuned, network, head), FINETUNING_RATES, learn.images, test.images
         else:
-            tasks[name] = head, [cached_tokens(network, split.images, device, autocast, name) for split in (learn, test)]
+            tasks[name] = head, LEARNING_RATES, *[cached_tokens(network, split.images, device, autocast, name) for split in (learn, test)]
     colours = [F.avg_pool2d(from_bytes(split.images), patch_size) for split in (learn, test)]
-    tasks["colour alone"] = partial(Head, 3, classes, image_size), colours
+    tasks["colour alone"] = partial(Head, 3, classes, image_size), LEARNING_RATES, *colours
     maps, _ = attend(backbone, test.images, device, autocast)
     if rank():
         sys.exit()  # the heads are the first process's
-    for name, (make, parts) in tasks.items():
-        results[name], predictions[name] = select_and_measure(make, *parts, learn.masks, test.masks, classes, device, autocast, name)
+    for name, task in tasks.items():
+        results[name], predictions[name] = select_and_measure(*task, learn.masks, test.masks, classes, device, autocast, name)
     results["ceiling of the patch grid"] = score(best_of_grid(test.masks, patch_size, classes), test.masks, classes)
 
     kept = keep_mass(maps.mean(1, keepdim=True), 0.6)

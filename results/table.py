@@ -42,7 +42,7 @@ for folder in map(Path, sys.argv[1:]):
 def cell(values, digits):
     if not values:
         return ""
-    spread = f" ± {np.std(values):.{digits}f}" if len(values) > 1 else ""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}"
 
 

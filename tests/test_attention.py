@@ -144,6 +144,13 @@ def test_paired_by_seed_it_rejects_five_percent_too():
     assert 0.02 <= rejected / 300 <= 0.08  # 3 of 64 ways are 4.7 %
 
 
+def test_a_group_counts_once_however_many_runs_it_has():
+    d, groups = torch.zeros(5, 5), torch.tensor([0, 0, 0, 1, 1])
+    d[:3, :3], d[3:, 3:], d[:3, 3:] = 0.2, 0.4, 0.5  # 3 pairs, 1 pair, 6 pairs
+    between, within = attn_viz.between_within(d, groups, torch.arange(5))
+    assert between.item() == pytest.approx(0.5) and within.item() == pytest.approx(0.3)
+
+
 def test_the_test_finds_a_planted_difference():
     assert sum(rejects(planted(10, 20, 3.0, i), torch.arange(10)) for i in range(20)) == 20
     assert sum(rejects(planted(14, 20, 3.0, i, shared=0.9), torch.arange(14) % 7) for i in range(20)) == 20
@@ -189,6 +196,9 @@ def test_groups_of_checkpoints(tmp_path):
     assert read_groups(f"{tmp_path}/lr=3/ckpt.pt") == {"lr=3": [f"{tmp_path}/lr=3/ckpt.pt"]}
     with pytest.raises(UserError, match="two groups called x"):
         read_groups("x/ckpt.pt,x/ckpt.pt")
+    for wrong in (",", "a=b/ckpt.pt:", "random=b/ckpt.pt"):
+        with pytest.raises(UserError, match="is no checkpoint, nor name=A:B"):
+            read_groups(wrong)
 
 
 def test_the_command_compares_runs_of_other_widths_and_patches(train, command, tmp_path):

@@ -247,6 +247,40 @@ def test_a_folder_that_changes_is_decoded_anew_and_the_old_cache_goes(tmp_path):
     assert len(list((root / ".cache").glob("*.npy"))) == 2  # another size is another cache
 
 
+def test_a_cache_is_of_the_folder_however_it_is_called_and_of_no_other(tmp_path, monkeypatch):
+    root = photographs(tmp_path / "set")
+    photographs(tmp_path / "set", part="train-16-small")
+    load("folder", root, 16)
+    for flat in ("train-16-small", "train"):
+        load("folder", root / flat / "a", 16)
+    first = {p.name: p.stat().st_mtime_ns for p in tmp_path.rglob("*.npy")}
+    monkeypatch.chdir(tmp_path)
+    load("folder", "set", 16)
+    monkeypatch.setattr(decoding.subprocess, "Popen", None)
+    load("folder", root, 16)
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.rglob("*.npy")} == first and len(first) == 3
+
+
+def test_a_kill_while_holes_are_closed_does_no_harm(tmp_path, monkeypatch):
+    root = photographs(tmp_path, n=100)
+    broken(root / "train" / "a" / "3.jpg")
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(UserError, match="killed"):
+            load("folder", root, 16, skip_bad_images=True)
+    found = load("folder", root, 16, skip_bad_images=True)
+    sums = [int(decode(path, 16).sum()) for path in (root / "train").rglob("*.jpg") if path.stat().st_size > 100]
+    assert len(found.images) == 199 and sorted(found.images.sum((1, 2, 3)).tolist()) == sorted(sums)
+
+
+def test_many_warnings_of_a_worker_do_not_stop_it(tmp_path, monkeypatch):
+    root = photographs(tmp_path)
+    loud = "import runpy, sys; sys.stderr.write('warning\\n' * 50_000); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    popen = subprocess.Popen
+    monkeypatch.setattr(decoding.subprocess, "Popen", lambda words, **keys: popen([sys.executable, "-c", loud, *words[1:]], **keys))
+    assert len(load("folder", root, 16).images) == 8
+
+
 def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
     root = photographs(tmp_path)
     for flags in ("-c", "import sys; sys.exit('No space left on device')"), ("-c", "import os; os.kill(os.getpid(), 9)"):

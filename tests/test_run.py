@@ -272,6 +272,15 @@ def test_a_run_is_never_overwritten(command, train, tmp_path):
     assert {p: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
 
+def test_two_runs_do_not_share_a_folder(command, tmp_path):
+    from decoding import locked
+
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run" / ".lock"):
+        refused(command("barlow.py", out_dir=tmp_path / "run"), 1, "another process is writing into", "--out_dir")
+    assert command("barlow.py", out_dir=tmp_path / "run", max_steps=1).returncode == 0
+
+
 def test_real_cifar100_is_read_as_published(real_images):
     test = data.load("cifar100", real_images, 32, "test")
     assert test.images.shape == (10_000, 3, 32, 32) and len(test.classes) == 100 and test.labels.bincount().eq(100).all()

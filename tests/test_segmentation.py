@@ -77,8 +77,8 @@ def planted():
 
 def measure(features, masks, test_masks, monkeypatch):
     monkeypatch.setattr(seg_transfer, "max_steps", 60)
-    make = lambda: Head(6, 3, 8)
-    return seg_transfer.select_and_measure(make, features[:40], features[40:], masks, test_masks, 3, CPU, FLOAT32, "planted")
+    task = (lambda: Head(6, 3, 8)), seg_transfer.LEARNING_RATES, features[:40], features[40:]
+    return seg_transfer.select_and_measure(*task, masks, test_masks, 3, CPU, FLOAT32, "planted")
 
 
 def test_a_head_learns_what_is_planted_and_nothing_from_permuted_masks(planted, monkeypatch):
@@ -181,6 +181,13 @@ def test_masks_that_cannot_be_are_named(photographs):
         load_masks("folder", root, 32)
     save(root / "train" / "masks" / "0.png", np.zeros((30, 70)))
     with pytest.raises(UserError, match=r"0.png is 70 x 30 pixels, its image 60 x 40"):
+        load_masks("folder", root, 32)
+    Image.fromarray(np.full((40, 60), 40_000, np.uint16)).save(root / "train" / "masks" / "0.png")
+    with pytest.raises(UserError, match=r"0.png cannot be read as a mask .*class 40000, 32767 is the largest"):
+        load_masks("folder", root, 32)
+    for i in range(2):
+        save(root / "train" / "masks" / f"{i}.png", 255 * (np.arange(2400).reshape(40, 60) % 2))
+    with pytest.raises(UserError, match=r"hold no object, only background: 255 .*divide masks of 0 and 255 by 255"):
         load_masks("folder", root, 32)
     (root / "train" / "masks" / "0.png").unlink()
     with pytest.raises(UserError, match=r"0.jpg has no mask: .*0.png is not there"):
