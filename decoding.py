@@ -110,25 +110,27 @@ def close_holes(part, offset, flags):
 
 
 class locked:
-    """Of all processes that make the same file, one at a time; a process that dies lets go. `wait=False`: OSError if another has it."""
+    """A file or folder kept to oneself; a process that dies lets go. `wait=False`: BlockingIOError if another has it."""
 
     def __init__(self, path, wait=True):
-        self.path, self.wait = path, wait
+        self.path, self.wait, self.file = path, wait, None
 
     def __enter__(self):
-        self.file = open(self.path, "w")
         try:
             import fcntl
 
+            self.file = os.open(self.path, os.O_RDONLY if self.path.is_dir() else os.O_RDWR | os.O_CREAT)
             fcntl.flock(self.file, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            self.file.close()
+            self.__exit__()
             raise
         except (ImportError, OSError):  # Windows, and disks without locks: start one run after the other
             pass
 
     def __exit__(self, *error):
-        self.file.close()
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
 
 
 def work(paths, array, offset, size, worker, workers):

@@ -53,7 +53,7 @@ class Run:
 
     def take_folder(self):
         """Keeps other runs out of the folder for as long as this process lives."""
-        lock = locked(self.dir / ".lock", wait=False)
+        lock = locked(self.dir, wait=False)
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             lock.__enter__()

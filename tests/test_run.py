@@ -276,7 +276,7 @@ def test_two_runs_do_not_share_a_folder(command, tmp_path):
     from decoding import locked
 
     (tmp_path / "run").mkdir()
-    with locked(tmp_path / "run" / ".lock"):
+    with locked(tmp_path / "run"):
         refused(command("barlow.py", out_dir=tmp_path / "run"), 1, "another process is writing into", "--out_dir")
     assert command("barlow.py", out_dir=tmp_path / "run", max_steps=1).returncode == 0
 
