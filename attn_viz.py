@@ -413,7 +413,7 @@ if __name__ == "__main__":
         print(f"| {name} | {len(mine)} | " + " | ".join(f"{np.mean(c):.3f}{s}" for c, s in zip(cells, spread, strict=True)) + " |")
     floor = f"uniform attention has an entropy of {report[0]['entropy_uniform']:.2f} bits"
     print(f"\n{floor}" + (f" and {report[0]['area_of_mask']:.3f} of its mass in the mask" if masked else ""))
-    for i, test in enumerate(tests):
+    for i, test in enumerate(tests if "p" in (tests or [{}])[0] else tests[:1]):
         print("\n" * (i == 0) + "\nPairs, each on its own, not corrected for their number:\n" * (i == 1) + sentence(test, test["groups"]))
 
     if ckpt.split(",")[0] == "random":
