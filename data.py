@@ -246,19 +246,25 @@ def folder(data_dir, image_size, split, skip_bad_images=False):
         found = f"{others} files, none with an image's name ({' '.join(sorted(SUFFIXES))})" if others else "nothing"
         raise UserError(f"{root} holds {found}: put images into {root}/<class>/")
 
-    first = [Path(p).relative_to(root).parts for p in paths]
+    first = [below(root, path).split(os.sep) for path in paths]
     flat = all(len(parts) == 1 for parts in first)
     known = first
     if split == "test" and (Path(data_dir) / "train").is_dir():  # numbered as in training
-        known = [Path(p).relative_to(Path(data_dir) / "train").parts for p in image_files(Path(data_dir) / "train")[0]]
+        trained = Path(data_dir) / "train"
+        known = [below(trained, path).split(os.sep) for path in image_files(trained)[0]]
     classes = [] if flat else sorted({parts[0] for parts in known if len(parts) > 1})
     stray = next((p for p, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes), None)
     if stray:
         raise UserError(f"{stray} is in none of the {len(classes)} class folders: move it into one, or make all of them flat")
     images, paths = cached(root, paths, image_size, root.name, skip_bad_images)
     number = {name: i for i, name in enumerate(classes)}
-    labels = None if flat else torch.tensor([number[Path(p).relative_to(root).parts[0]] for p in paths])
+    labels = None if flat else torch.tensor([number[below(root, path).split(os.sep)[0]] for path in paths])
     return Split(images, labels, classes)
+
+
+def below(root, path):
+    """`path`, which begins with `root`, without it; pathlib takes ten times as long, a second for 100,000 files."""
+    return path[len(str(root)) + 1 :]
 
 
 def image_files(root):
@@ -279,7 +285,7 @@ def cached(root, paths, size, name, skip_bad_images=False):
     sizes and dates. Raises UserError for images that cannot be read, or leaves them out, up to 1 %.
     """
     try:
-        stats = [(os.path.relpath(path, root), os.stat(path)) for path in paths]
+        stats = [(below(root, path), os.stat(path)) for path in paths]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it") from None
     stamp = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
