@@ -44,7 +44,8 @@ def test_the_batched_grid_is_each_probe_alone(shapes):
     together = accuracy(test, test_y, (w, bias))
     for i, setting in enumerate(SETTINGS):
         alone = fit(x, y, [setting])
-        torch.testing.assert_close(alone[0][:, 0], w[:, i], rtol=1e-3, atol=1e-4)
+        # rounding grows with the learning rate, as the weights do
+        torch.testing.assert_close(alone[0][:, 0], w[:, i], rtol=1e-3, atol=1e-4 * max(setting[0], 1))
         assert accuracy(test, test_y, alone)[0] == pytest.approx(together[i], abs=1e-3)
     assert len(set(together)) > 4
 
