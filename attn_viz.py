@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from common import UserError, check_size, gather, git_commit, rank, setup, world, write_file
+from common import UserError, check_size, gather, git_commit, my_part, rank, setup, write_file
 from data import Split, decode, from_bytes, image_files, load, normalise
-from evaluation import configure_evaluation, load_backbone
+from evaluation import configure_evaluation, load_backbone, output_folder, random_like, trained_on
 from masks import has_masks, load_masks
 
 ckpt = ""  # what to look at: A,B,... or name=A:B,name=C:D; each a ckpt.pt, an export folder, an official DINO .pth, or random
@@ -89,7 +89,7 @@ def attend(backbone, images, device, autocast, block=-1):
     side, heads = images.shape[-1] // backbone.patch_size, backbone.blocks[0].attn.heads
     at = backbone.patch_size * torch.cartesian_prod(*[torch.arange(side, device=device).float()] * 2)
     far, maps, distance, n = torch.cdist(at, at), [], torch.zeros(1, heads), len(images)
-    for chunk in images.tensor_split(world())[rank()].split(max(2**24 // (heads * (side**2 + 1) ** 2), 1)):  # 64 MiB of attention
+    for chunk in my_part(images).split(max(2**24 // (heads * (side**2 + 1) ** 2), 1)):  # 64 MiB of attention
         with autocast:
             a = backbone.attention(normalise(from_bytes(chunk.to(device))), block)[..., 1:].float()
         a = a / a.sum(-1, keepdim=True)
@@ -352,10 +352,9 @@ if __name__ == "__main__":
     groups = read_groups(ckpt)
     runs = [(name, path, *load_backbone(config | {"ckpt": path}, device)) for name, paths in groups.items() for path in paths]
     _, _, first, about = runs[0]
-    shape = {"patch_size": first.patch_size, "dim": first.dim, "depth": len(first.blocks), "heads": first.blocks[0].attn.heads}
     image_size = image_size or about["image_size"]
     for _ in range(0 if "random" in groups else 3):  # the floor
-        runs.append(("random", "random", *load_backbone(config | shape | {"ckpt": "random", "image_size": image_size}, device)))
+        runs.append(("random", "random", *random_like(first, config, image_size, device)))
     for _, _, backbone, _ in runs:
         check_size(image_size, backbone.patch_size)
     skipped = []
@@ -363,7 +362,7 @@ if __name__ == "__main__":
         pixels, skipped = own_images(images, image_size)
         data = Split(pixels, None, [])
     else:
-        dataset, data_dir = dataset or about.get("dataset", ""), data_dir or about.get("data_dir", "data")
+        dataset, data_dir = trained_on(config, about)
         if not dataset:
             raise UserError(f"--ckpt={ckpt} does not say what it was trained on: give --dataset, or --images=FOLDER")
         data = choose_images(dataset, data_dir, image_size, n_images, seed, skip_bad_images)
@@ -416,11 +415,7 @@ if __name__ == "__main__":
     for i, test in enumerate(tests if "p" in (tests or [{}])[0] else tests[:1]):
         print("\n" * (i == 0) + "\nPairs, each on its own, not corrected for their number:\n" * (i == 1) + sentence(test, test["groups"]))
 
-    if ckpt.split(",")[0] == "random":
-        folder = Path(out_dir or f"out/random-{dataset or 'images'}")
-    else:
-        path = Path(next(iter(groups.values()))[0])
-        folder = Path(out_dir or (path if path.is_dir() else path.parent))
+    folder = output_folder(config, runs[0][1], dataset or "images")
     about = {"names": names, "group_of_run": of.tolist(), "seed_of_run": seeds.tolist(), "divergence_bits": d.mean(0).tolist()}
     about |= {"tests": tests, "skipped": skipped}
     about |= {"images": len(data.images), "image_size": image_size, "git_commit": git_commit(), "torch": torch.__version__}

@@ -272,6 +272,11 @@ def batch_rand(n, device):
     return einops.rearrange(numbers, "(v w b) -> w (v b)", w=world(), b=batch_rand.rows)[rank()]
 
 
+def my_part(x):
+    """This process's rows of x [n ...]; gather() puts the parts together again."""
+    return x.tensor_split(world())[rank()]
+
+
 def gather(x):
     """Rows [n ...] of each process, their numbers may differ -> all rows, in order."""
     if world() == 1:

@@ -26,7 +26,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 import decoding
-from common import UserError, rank, world
+from common import UserError, my_part, world
 
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet32", "stl10", "folder")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
@@ -101,7 +101,7 @@ class Batches:
         self.rows, self.batch_size, self.seed, self.device, self.ahead = kept, batch_size, seed, device, {}
 
     def read(self, step):
-        some = batch_indices(len(self.rows), self.batch_size, self.seed, step).chunk(world())[rank()]
+        some = my_part(batch_indices(len(self.rows), self.batch_size, self.seed, step))
         batch = self.images[self.rows[some]]
         return batch.pin_memory() if self.pool and self.device.type == "cuda" else batch
 
@@ -369,7 +369,7 @@ def multi_crop(images, crops, seed, step):
     """
     rng = np.random.default_rng((seed, 1, step, 0))
     drawn = [draw(len(images) * world(), images.shape[-1], crop, rng) for crop in crops]
-    drawn = [{k: value.chunk(world())[rank()] for k, value in p.items()} for p in drawn]
+    drawn = [{k: my_part(value) for k, value in p.items()} for p in drawn]
     views = {}
     for size in {crop.size for crop in crops}:
         mine = [v for v, crop in enumerate(crops) if crop.size == size]

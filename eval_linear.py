@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError, check_size, cosine, gather, git_commit, rank, setup, world, write_file
+from common import UserError, check_size, cosine, gather, git_commit, my_part, rank, setup, write_file
 from data import Crop, batch_indices, draw, from_bytes, load, normalise, resized_crop
-from evaluation import configure_evaluation, load_backbone
+from evaluation import configure_evaluation, load_backbone, output_folder, trained_on
 from monitor import knn
 
 ckpt = ""  # what to evaluate: ckpt.pt, an export folder, an official DINO .pth, or random
@@ -69,7 +69,7 @@ def extract(backbone, x, autocast):
 
 def extract_all(backbone, images, device, autocast, what):
     """Images uint8 [n 3 s s] -> a feature [n d] for each linear protocol; of several processes each does its part."""
-    images, chunks = images.tensor_split(world())[rank()], []
+    images, chunks = my_part(images), []
     for chunk in tqdm(images.split(500), f"features of {what}", unit_scale=500, unit=" images", disable=len(images) < 1000):
         chunks.append(extract(backbone, normalise(from_bytes(chunk.to(device))), autocast))
     return {name: gather(torch.cat([chunk[name] for chunk in chunks])) for name in chunks[0]}
@@ -193,7 +193,7 @@ if __name__ == "__main__":
     config = configure_evaluation(globals())
     device, autocast = setup(device, dtype, seed)
     backbone, about = load_backbone(config, device)
-    dataset, data_dir = dataset or about.get("dataset", ""), data_dir or about.get("data_dir", "data")
+    dataset, data_dir = trained_on(config, about)
     if not dataset:
         raise UserError(f"--ckpt={ckpt} does not say what it was trained on: give --dataset")
     image_size = image_size or about["image_size"]
@@ -226,6 +226,6 @@ if __name__ == "__main__":
     report |= {"torch": torch.__version__, "git_commit": git_commit(), "test_images": len(test_labels), "device": str(device)}
     if Path(ckpt).is_file():
         report["sha256"] = hashlib.sha256(Path(ckpt).read_bytes()).hexdigest()
-    folder = Path(out_dir or (f"out/random-{dataset}" if ckpt == "random" else Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent))
+    folder = output_folder(config, ckpt, dataset)
     write_file(folder / "eval_linear.json", json.dumps(report, indent=1))
     print(f"\nwrote {folder}/eval_linear.json")

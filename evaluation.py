@@ -62,3 +62,21 @@ def load_backbone(config, device):
     except (KeyError, RuntimeError, AttributeError) as error:
         raise UserError(f"--ckpt={path} holds no ViT of timm's key names ({first_line(error)})") from None
     return backbone.to(device).eval(), about
+
+
+def random_like(backbone, config, image_size, device):
+    """A backbone of the same shape with random weights, the floor, and what is known of it: as load_backbone()."""
+    shape = {"patch_size": backbone.patch_size, "dim": backbone.dim, "depth": len(backbone.blocks)}
+    shape |= {"heads": backbone.blocks[0].attn.heads, "image_size": image_size}
+    return load_backbone(config | shape | {"ckpt": "random"}, device)
+
+
+def trained_on(config, about):
+    """The data set to evaluate on and its folder: those that were given, else those the run was trained on, else ''."""
+    return config["dataset"] or about.get("dataset", ""), config["data_dir"] or about.get("data_dir", "data")
+
+
+def output_folder(config, ckpt, dataset):
+    """Where results go: --out_dir, else next to the checkpoint."""
+    beside = f"out/random-{dataset}" if ckpt == "random" else ckpt if Path(ckpt).is_dir() else Path(ckpt).parent
+    return Path(config["out_dir"] or beside)

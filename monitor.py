@@ -7,7 +7,7 @@ import einops
 import torch
 import torch.nn.functional as F
 
-from common import float32, gather, global_mean, rank, world
+from common import float32, gather, global_mean, my_part
 from data import MEAN, STD, from_bytes, normalise
 
 
@@ -16,7 +16,7 @@ def features(backbone, images, rows, device, autocast, batch_size=500):
     """[CLS] features float32 [m d] of some rows int64 [m] of uint8 images [n 3 s s]."""
     was, out = backbone.training, []
     backbone.eval()
-    for some in rows.tensor_split(world())[rank()].split(batch_size):
+    for some in my_part(rows).split(batch_size):
         with autocast:
             z = backbone(normalise(from_bytes(images[some].to(device))))
         out.append(float32(z))

@@ -19,7 +19,6 @@ import copy
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,9 +28,9 @@ from torch import nn
 from tqdm import tqdm
 
 from attn_viz import attend, jaccard, keep_mass, png
-from common import UserError, check_size, cosine, gather, git_commit, rank, seed_step, setup, world, write_file
+from common import UserError, check_size, cosine, gather, git_commit, my_part, rank, seed_step, setup, write_file
 from data import batch_indices, from_bytes, normalise
-from evaluation import configure_evaluation, load_backbone
+from evaluation import configure_evaluation, load_backbone, output_folder, random_like, trained_on
 from masks import has_masks, load_masks
 
 ckpt = ""  # what to evaluate: ckpt.pt, an export folder, an official DINO .pth, or random
@@ -89,7 +88,7 @@ def patch_tokens(backbone, images):
 @torch.no_grad()
 def cached_tokens(backbone, images, device, autocast, what):
     """patch_tokens of all images, in pieces, float32 on the CPU; of several processes each does its part."""
-    images, chunks = images.tensor_split(world())[rank()], []
+    images, chunks = my_part(images), []
     for chunk in tqdm(images.split(250), f"features of {what}", unit_scale=250, unit=" images", disable=len(images) < 1000):
         with autocast:
             chunks.append(patch_tokens(backbone, chunk.to(device)).float().cpu())
@@ -202,11 +201,11 @@ if __name__ == "__main__":
     config = configure_evaluation(globals())
     device, autocast = setup(device, dtype, seed)
     backbone, about = load_backbone(config, device)
-    dataset, data_dir = dataset or about.get("dataset", ""), data_dir or about.get("data_dir", "data")
+    dataset, data_dir = trained_on(config, about)
     if not has_masks(dataset, data_dir):
         raise UserError(f"--dataset={dataset} in {data_dir} has no masks: give --dataset=shapes, folder, voc2012, pet or imagenet_s")
     image_size = image_size or about["image_size"]
-    patch_size, shape = backbone.patch_size, {"dim": backbone.dim, "depth": len(backbone.blocks), "heads": backbone.blocks[0].attn.heads}
+    patch_size = backbone.patch_size
     check_size(image_size, patch_size)
     learn, test = (load_masks(dataset, data_dir, image_size, split, skip_bad_images) for split in ("train", "test"))
     if len(learn.images) < 2:
@@ -217,8 +216,7 @@ if __name__ == "__main__":
 
     results, predictions, sources = {}, {}, {"this checkpoint": backbone}
     if ckpt != "random":
-        like = config | shape | {"ckpt": "random", "image_size": image_size, "patch_size": patch_size}
-        sources["random weights"], _ = load_backbone(like, device)
+        sources["random weights"], _ = random_like(backbone, config, image_size, device)
     head, tasks = partial(Head, backbone.dim, classes, image_size), {}
     for name, network in sources.items():
         if finetune:
@@ -251,8 +249,7 @@ if __name__ == "__main__":
 
     report = config | {"dataset": dataset, "data_dir": str(data_dir), "image_size": image_size, "checkpoint": about, "results": results}
     report |= {"classes": learn.classes, "jaccard_60": attention, "git_commit": git_commit(), "torch": torch.__version__}
-    default = f"out/random-{dataset}" if ckpt == "random" else Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent
-    folder = Path(out_dir or default)
+    folder = output_folder(config, ckpt, dataset)
     rows = torch.from_numpy(np.random.default_rng((seed, 8)).permutation(len(test.images))[:8])
     mask = F.interpolate(kept[rows].float(), size=(image_size, image_size), mode="nearest")[:, 0].short()
     columns = {"truth": test.masks[rows]} | {name: predictions[name][rows] for name in sources}

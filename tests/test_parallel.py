@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+import common
 from conftest import ROOT, SCRIPTS, tiny
 from run import load_checkpoint
 
@@ -163,10 +164,10 @@ def test_evaluation_shares_the_images(script, tmp_path, monkeypatch):
         "seg_transfer": lambda: seg_transfer.cached_tokens(vit, images, cpu, off, ""),
     }[script]
     module, whole, parts = sys.modules[script], look(), []
-    monkeypatch.setattr(module, "world", lambda: 3)
+    monkeypatch.setattr(common, "world", lambda: 3)
     monkeypatch.setattr(module, "gather", lambda x: x)
     for i in range(3):
-        monkeypatch.setattr(module, "rank", lambda i=i: i)
+        monkeypatch.setattr(common, "rank", lambda i=i: i)
         parts.append(look())
     assert [len(part) for part in parts] == [4, 3, 3]
     torch.testing.assert_close(torch.cat(parts), whole)

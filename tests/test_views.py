@@ -8,6 +8,7 @@ import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as tv
 
+import common
 import data
 from data import Crop, batch_indices, load, multi_crop
 
@@ -97,9 +98,10 @@ def test_views_depend_on_seed_and_step_alone(images):
 def test_the_views_of_processes_together_are_those_of_one(images, monkeypatch):
     whole = multi_crop(images, CROPS, 3, 5)
     monkeypatch.setattr(data, "world", lambda: 4)
+    monkeypatch.setattr(common, "world", lambda: 4)
     parts = []
     for i in range(4):
-        monkeypatch.setattr(data, "rank", lambda i=i: i)
+        monkeypatch.setattr(common, "rank", lambda i=i: i)
         parts.append(multi_crop(images.chunk(4)[i], CROPS, 3, 5))
     for v, view in enumerate(whole):
         torch.testing.assert_close(torch.cat([part[v] for part in parts]), view)
