@@ -4,7 +4,7 @@ An image is cut into patches of p x p pixels, each a token; a [CLS] token joins 
 and MLP follow (Dosovitskiy et al., 2010.11929). As in DINO (Caron et al., 2104.14294): LayerNorm eps 1e-6, qkv bias,
 trunc-normal .02, positions interpolated (bicubic) for crops of other sizes, drop path rising linearly with depth.
 
-Letters in shapes:  b images  n tokens  d width  h heads  c width of a head  y x patch grid  p patch side
+Letters in shapes:  b images  n tokens  d width  h heads  c width of a head  y x patch grid  p q sides of a patch
 """
 
 import torch
@@ -76,12 +76,15 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
+    """Images [b 3 H W] -> tokens [b n d]. A convolution by name and shape, as in timm, but patches do not overlap: it is one product."""
+
     def __init__(self, patch_size, dim):
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+        self.patch_size, self.proj = patch_size, nn.Conv2d(3, dim, patch_size, patch_size)
 
     def forward(self, x):
-        return self.proj(x)
+        patches = rearrange(x, "b rgb (y p) (x q) -> b (y x) (rgb p q)", p=self.patch_size, q=self.patch_size)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class ViT(nn.Module):
@@ -118,10 +121,9 @@ class ViT(nn.Module):
         """Images [b 3 H W] -> the first block's input [b 1+n d], [CLS] first."""
         for side in images.shape[-2:]:
             check_size(side, self.patch_size)
-        x = self.patch_embed(images)
-        y, x_ = x.shape[-2:]
-        cls = repeat(self.cls_token, "1 1 d -> b 1 d", b=x.shape[0])
-        return torch.cat([cls, rearrange(x, "b d y x -> b (y x) d")], dim=1) + self.positions(y, x_)
+        cls = repeat(self.cls_token, "1 1 d -> b 1 d", b=len(images))
+        y, x = (side // self.patch_size for side in images.shape[-2:])
+        return torch.cat([cls, self.patch_embed(images)], dim=1) + self.positions(y, x)
 
     def layers(self, images, last=1, explicit=False):
         """Normalised outputs [b 1+n d] of the last `last` blocks, in order."""
