@@ -145,6 +145,10 @@ def explain(kind, error, trace):
     elif world() > 1 and issubclass(kind, RuntimeError) and re.search("peer|[Cc]onnection|NCCL|[Tt]imed out", str(error)):
         lost = f"another process of this run ended or hangs ({first_line(error)})"
         print(f"error: process {rank()} stops, {lost}; ckpt.pt is as it was last saved, go on with --resume=True", file=sys.stderr)
+    elif issubclass(kind, torch.OutOfMemoryError):
+        print(f"error: {first_line(error)}\nckpt.pt is as it was last saved; a smaller --batch_size takes less memory", file=sys.stderr)
+    elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+        print(f"error: torch.compile fails here ({first_line(error)}): leave --compile=True out", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped before the first step: nothing to save", file=sys.stderr)
     else:
@@ -191,7 +195,8 @@ def setup(device, dtype, seed, batch_size=0):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device={device} does not work here ({first_line(error)}): try --device=cpu") from None
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # slower than float32 if emulated
+        dtype = "bfloat16" if fast else "float32"
     if dtype == "float64":
         torch.set_default_dtype(torch.float64)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # torchrun

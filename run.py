@@ -34,13 +34,13 @@ class Run:
     def __init__(self, config, steps, state, device):
         self.config, self.steps, self.state, self.dir = config, steps, state, Path(config["out_dir"])
         self.script, self.start, self.stop, self.seconds, self.rows = Path(sys.argv[0]).stem, 0, 0, 0.0, []
-        self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.device, self.device_name = device, torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.parent = os.getppid()
         if rank() == 0:
             self.lock = self.take_folder()
         if config["resume"]:
             self.restore(device)
-        about = {"script": self.script, "git_commit": git_commit(), "device_name": self.device}
+        about = {"script": self.script, "git_commit": git_commit(), "device_name": self.device_name}
         about["versions"] = {m.__name__: m.__version__ for m in (torch, np, einops)} | {"python": sys.version.split()[0]}
         self.write("config.json", json.dumps(config | about, indent=1))
         self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -84,7 +84,7 @@ class Run:
             write_file(self.dir / name, content)
 
     def row(self, step, **values):
-        """What a log row starts with: finite numbers, and the images/s since the last row. Raises UserError for a NaN."""
+        """What a log row starts with: finite numbers, images/s since the last row, a GPU's peak memory. Raises UserError for a NaN."""
         row = numbers(values)
         bad = next((k for k, v in row.items() if not math.isfinite(v)), None)
         if bad:
@@ -93,6 +93,8 @@ class Run:
         now = time.time()
         self.seconds += now - self.clock
         row["images_per_s"] = (step - self.clock_step) * self.config["batch_size"] / (now - self.clock)
+        if self.device.type == "cuda":
+            row["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.clock, self.clock_step = now, step
         return row
 
@@ -183,7 +185,7 @@ class Run:
         result = self.rows[-1] | {"minutes of training": self.seconds / 60, "seed": self.config["seed"]}
         for key, value in result.items():
             print(f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |")
-        print(f"| device | {self.device} |\n\nin {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")
+        print(f"| device | {self.device_name} |\n\nin {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")
 
 
 def other_logger(config):
