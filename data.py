@@ -101,9 +101,10 @@ class Batches:
         self.rows, self.batch_size, self.seed, self.device, self.ahead = kept, batch_size, seed, device, {}
 
     def read(self, step):
-        some = my_part(batch_indices(len(self.rows), self.batch_size, self.seed, step))
-        batch = self.images[self.rows[some]]
-        return batch.pin_memory() if self.pool and self.device.type == "cuda" else batch
+        some = self.rows[my_part(batch_indices(len(self.rows), self.batch_size, self.seed, step))]
+        if self.pool is None:
+            return self.images[to_device(some, self.device)]
+        return self.images[some].pin_memory() if self.device.type == "cuda" else self.images[some]
 
     def __call__(self, step):
         if self.pool is None:
@@ -111,7 +112,18 @@ class Batches:
         for soon in range(step, step + 3):
             if soon not in self.ahead:
                 self.ahead[soon] = self.pool.submit(self.read, soon)
-        return self.ahead.pop(step).result().to(self.device, non_blocking=True)
+        return to_device(self.ahead.pop(step).result(), self.device)
+
+
+def to_device(x, device):
+    """A CPU tensor on the device. A GPU takes it from pinned memory when it gets there; the program does not wait for that."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+@functools.cache
+def constant(values, device, dtype):
+    """The tensor of a tuple of numbers, copied to the device once, for a GPU is waited for while that is done."""
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ data sets
@@ -381,7 +393,7 @@ def multi_crop(images, crops, seed, step):
         made = []
         for piece in torch.arange(len(which)).split(step_size):
             p = {k: value[piece] for k, value in params.items()}
-            made.append(augment(images[which[piece].to(images.device)], p, order, size))
+            made.append(augment(images[to_device(which[piece], images.device)], p, order, size))
         views.update(zip(mine, torch.cat(made).chunk(len(mine)), strict=True))
     return [views[v] for v in range(len(crops))]
 
@@ -420,7 +432,7 @@ def draw(b, side, crop, rng):
 
 def augment(images, p, order, size):
     """Images uint8 [b 3 s s] and the parameters `p` of draw() -> normalised views [b 3 size size]."""
-    here = {k: value.to(images.device, non_blocking=True) for k, value in p.items()}
+    here = {k: to_device(value, images.device) for k, value in p.items()}
     x = resized_crop(from_bytes(images), here["left"], here["top"], here["width"], here["height"], here["flip"], size)
     jitters = (brightness, contrast, saturation, hue)
     for jitter in (jitters[i] for i in order):
@@ -428,7 +440,7 @@ def augment(images, p, order, size):
     # operations that few images get; `p` is on the CPU, so that counting them does not wait for the device
     for operation, flags in ((grey, p["grey"]), (blur, p["blur"] > 0), (solarize, p["solarize"])):
         if flags.any():
-            some = flags.nonzero()[:, 0].to(x.device, non_blocking=True)
+            some = to_device(flags.nonzero()[:, 0], x.device)
             x[some] = blur(x[some], here["blur"][some]) if operation is blur else operation(x[some])
     return normalise(x)
 
@@ -440,7 +452,7 @@ def from_bytes(images):
 
 def normalise(x):
     """Float images [b 3 s s] in [0, 1] -> what a ViT sees."""
-    mean, std = (torch.tensor(t, device=x.device)[:, None, None] for t in (MEAN, STD))
+    mean, std = (constant(t, x.device, x.dtype)[:, None, None] for t in (MEAN, STD))
     return (x - mean) / std
 
 
@@ -495,7 +507,7 @@ def hue(x, turn):
         value == red, green - blue, torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
     )
     sixth = sixth / chroma.clamp(min=1e-12) + 6 * turn[:, None, None]
-    k = sixth[:, None] + torch.tensor([5.0, 3.0, 1.0], device=x.device)[:, None, None]
+    k = sixth[:, None] + constant((5.0, 3.0, 1.0), x.device, x.dtype)[:, None, None]
     k = k.remainder_(6)
     return torch.addcmul(value[:, None], chroma[:, None], torch.minimum(k, 4 - k).clamp_(0, 1), value=-1)
 

@@ -174,8 +174,8 @@ def update_teacher(teacher, student, momentum):
 def clip_gradients(parameters, largest):
     """Scales every gradient whose norm is above `largest` down to it, each tensor alone, as DINO does."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    scale = [(largest / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(grads)]
-    torch._foreach_mul_(grads, scale)
+    scale = (largest / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1)
+    torch._foreach_mul_(grads, list(scale))
 
 
 def parameter_groups(model):
@@ -213,8 +213,8 @@ if __name__ == "__main__":
         run.write("crops.png", crops_picture(sample, multi_crop(sample, crops, seed, 0), names))
         run.log(0, {"epoch": 0} | evaluate(best, data, bank, queries, device, autocast))
     if compile:
-        for module in state.values():
-            module.compile()
+        for network in (part for part in state.values() if isinstance(part, nn.Module)):
+            network.compile()
 
     model = distributed(student)
     for step in range(run.start, steps):
