@@ -35,9 +35,9 @@ class UserError(ValueError):
 CHOICES = {"dtype": ("auto", "float32", "bfloat16", "float64"), "logger": ("", "tensorboard", "wandb")}
 CHOICES |= {"head": ("shared", "two"), "weights": ("teacher", "student")}
 RANGES = {  # lowest and highest value of a script's keys
-    (2, math.inf): "batch_size",  # one image has no batch statistics
+    (2, math.inf): "batch_size warmup",  # one image has no batch statistics
     (1, math.inf): """epochs dim depth heads patch_size log_every eval_every save_every out_dim hidden_dim bottleneck_dim
-        proj_dim knn_bank knn_queries rows n_images permutations""",
+        proj_dim knn_bank knn_queries rows n_images permutations steps""",
     (0, math.inf): """seed memory_gib max_steps n_local base_lr min_lr warmup_epochs wd wd_end grad_clip alpha lambd
         freeze_last_layer_epochs tau_t_warmup_epochs""",
     (0, 1): "ema ema_end center_momentum label_fraction",

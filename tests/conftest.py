@@ -1,10 +1,13 @@
 """What the tests share: the scripts run as a user runs them, but in this process, a spy looking on."""
 
 import functools
+import multiprocessing
+import os
 import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -65,14 +68,37 @@ def train(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
+def launch(words, cwd):
+    """Python with these arguments in a process of its own, a fork of this one where that can be: torch is imported, then."""
+    if sys.platform != "linux" or torch.cuda.is_available():  # CUDA cannot be forked
+        return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=120)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+
+        def run():
+            sys.stdout, sys.stderr, sys.argv, sys.excepthook = out, err, words, sys.__excepthook__
+            os.chdir(cwd)
+            torch.set_num_threads(1)  # OpenMP's threads are not forked
+            try:
+                runpy.run_path(words[0], run_name="__main__")
+            except Exception:
+                sys.excepthook(*sys.exc_info())
+                sys.exit(1)
+
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None, f"{words} takes more than two minutes"
+        said = [(file.seek(0), file.read())[1] for file in (out, err)]
+        return subprocess.CompletedProcess(words, process.exitcode, *said)
+
+
 @pytest.fixture
 def command(tmp_path):
     """command(script, **keys) runs a script in a process of its own, tiny if it trains; returns exit code, stdout and stderr."""
 
     def run(script, *args, **keys):
         keys = tiny(script, **keys) if script in SCRIPTS else [f"--{key}={value}" for key, value in keys.items()]
-        words = [sys.executable, str(ROOT / script), *keys, *args]
-        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return launch([str(ROOT / script), *keys, *args], tmp_path)
 
     return run
 

@@ -1,0 +1,184 @@
+"""How fast: images/s of the training scripts on this machine, what views take of it, memory, and how near that is to the limit.
+
+Each row is a script as its user runs it, on `shapes` with the defaults of larger data sets: ViT-Ti/4, 2 x 32 + 6 x 16 pixels. It
+runs in a process of its own, `warmup` steps and then `steps` that count.
+
+    TFLOP/s = floating-point operations of a step's matrix products / seconds of a step
+    of the limit = that / TFLOP/s of one large product in the same precision, on the same device
+
+    python bench.py                                                            on a GPU
+    python bench.py --batch_size=32 --warmup=2 --steps=3 --compile=False       on a CPU
+    python bench.py --scripts=hybrid_a --trace=True                            where the time of a step goes, too
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+from common import UserError, check, git_commit, read_keys, setup, write_file
+from run import Run
+
+scripts = "dino,barlow,hybrid_a,hybrid_b"  # which ones
+out_dir = "out/bench"  # where bench.json and traces go
+device = "auto"  # cuda or cpu; auto: cuda where it is here
+dtype = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on a GPU that has it
+compile = True  # each script with torch.compile, too
+batch_size = 1024  # images a step
+n_local = 6  # local views an image
+dim = 192  # width of the ViT
+depth = 12  # blocks
+heads = 3  # attention heads
+warmup = 10  # steps before those that count
+steps = 30  # steps that count
+trace = False  # profile three more steps: what they spend their time on, and files for ui.perfetto.dev
+
+TRACED = 3
+COLUMNS = ("images/s", "ms a step", "in views", "peak GiB", "TFLOP/s", "of the limit", "first step after, s")
+
+
+class Measured(Exception):
+    """All steps are done."""
+
+
+class Stopwatch:
+    """Stands in for Run.update() and data.multi_crop() while a script runs; raises Measured after its last step.
+
+    `result` is {first: seconds until the first step was done, seconds: of a step, views: their share of it, flop: of a step, unless
+    it is compiled, peak_gib: of a GPU, operations: {name: share of a step's time}, if `trace` names a file}.
+    """
+
+    def __init__(self, keys, warmup, steps, trace):
+        self.cuda, self.compiled = keys["device"].startswith("cuda"), keys["compile"]
+        self.warmup, self.steps, self.trace, self.begun = warmup, steps, trace, time.perf_counter()
+        self.update, self.crop, self.done, self.spans, self.result = Run.update, data.multi_crop, 0, [], {}
+        self.counter, self.profiler = FlopCounterMode(display=False), torch.profiler.profile()
+
+    def now(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def mark(self):
+        """A moment of the device, which works behind the program."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def views(self, *args):
+        start = self.mark()
+        with torch.profiler.record_function("views"):
+            made = self.crop(*args)
+        self.spans.append((start, self.mark()))
+        return made
+
+    def step(self, run):
+        self.update(run)
+        self.done += 1
+        if self.done == 1:
+            self.result["first"] = self.now() - self.begun
+        if self.done == 1 and not self.compiled:
+            self.counter.__enter__()
+        if self.done == 2 and not self.compiled:
+            self.counter.__exit__(None, None, None)
+            self.result["flop"] = self.counter.get_total_flops()
+        if self.done == self.warmup:
+            self.spans, self.start = [], self.now()
+        if self.done == self.warmup + self.steps:
+            seconds = self.now() - self.start
+            views = sum(a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in self.spans)
+            self.result |= {"seconds": seconds / self.steps, "views": views / seconds}
+            self.result |= {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if self.cuda else {}
+            if not self.trace:
+                raise Measured
+            self.profiler.__enter__()
+        if self.done == self.warmup + self.steps + TRACED:
+            self.now()
+            self.profiler.__exit__(None, None, None)
+            self.profiler.export_chrome_trace(self.trace)
+            self.result["operations"] = self.operations()
+            raise Measured
+
+    def operations(self):
+        rows = [row for row in self.profiler.key_averages() if row.device_type == torch.autograd.DeviceType.CPU]
+        times = {row.key: row.self_device_time_total if self.cuda else row.self_cpu_time_total for row in rows}
+        return {k: t / sum(times.values()) for k, t in sorted(times.items(), key=lambda item: -item[1])[:20]}
+
+
+def measure(script, keys, warmup, steps, trace):
+    """Runs a training script, a path, with `keys`, until it is measured. Returns a Stopwatch's result."""
+    watch = Stopwatch(keys, warmup, steps, trace)
+    data.multi_crop, Run.update = watch.views, lambda run: watch.step(run)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None), contextlib.suppress(Measured):
+        sys.argv = [script, *(f"--{key}={value}" for key, value in keys.items()), f"--out_dir={folder}/run"]
+        runpy.run_path(script, run_name="__main__")
+    return watch.result
+
+
+def product_speed(device, kind):
+    """FLOP/s of one large product of matrices of a dtype, the median of ten."""
+    n, times = 8192 if device.type == "cuda" else 2048, []
+    a, b = torch.randn(n, n, device=device, dtype=kind), torch.randn(n, n, device=device, dtype=kind)
+    for _ in range(13):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for it
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(times[3:])
+
+
+def cells(row, speed):
+    """What the table shows of a Stopwatch's result: a string for each of COLUMNS."""
+    memory = f"{row['peak_gib']:.2f}" if "peak_gib" in row else ""
+    rate = row["flop"] / row["seconds"]
+    times = f"{batch_size / row['seconds']:.0f}", f"{1000 * row['seconds']:.1f}", f"{100 * row['views']:.1f} %"
+    return *times, memory, f"{rate / 1e12:.3g}", f"{100 * rate / speed:.0f} %", f"{row['first']:.0f}"
+
+
+if __name__ == "__main__":
+    keys, given = read_keys(globals())
+    check(keys | given | {"image_size": 32, "local_size": 16, "patch_size": 4})
+    globals().update(given)
+    os.environ["TQDM_DISABLE"] = "1"  # of the scripts
+    device, autocast = setup(device, dtype, 0)
+    with autocast:
+        kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    dtype, speed, rows = str(kind).removeprefix("torch."), product_speed(device, kind), []
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    report = {"device": name, "dtype": dtype, "batch_size": batch_size, "torch": torch.__version__, "git_commit": git_commit()}
+    print(f"{name}, {dtype}, batch {batch_size}, torch {torch.__version__}; one large product: {speed / 1e12:.3g} TFLOP/s\n")
+    print(f"| script | {' | '.join(COLUMNS)} |\n|---|{'---:|' * len(COLUMNS)}", flush=True)
+    for compiled, script in product((False, True)[: 1 + compile], scripts.split(",")):
+        path = Path(__file__).with_name(f"{script}.py")
+        if not path.exists():
+            raise UserError(f"--scripts={scripts}: there is no {path}")
+        its = runpy.run_path(str(path), run_name="bench")
+        keys = {key: its[key] for key in its["PRESETS"]["shapes"]} | {"dataset": "shapes", "device": str(device), "dtype": dtype}
+        keys |= {"compile": compiled, "batch_size": batch_size, "n_local": n_local, "dim": dim, "depth": depth, "heads": heads}
+        keys |= {"max_steps": 10**6, "eval_every": 10**6, "save_every": 10**6, "knn_bank": 100, "knn_queries": 100}
+        title = script + " compiled" * compiled
+        file = Path(out_dir) / f"{title.replace(' ', '-')}.json.gz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            row = process.submit(measure, str(path), keys, warmup, steps, str(file) if trace else "").result()
+        row = {"script": script, "compiled": compiled, "flop": next((r["flop"] for r in rows if r["script"] == script), 0)} | row
+        rows.append(row)
+        print(f"| {title} | {' | '.join(cells(row, speed))} |", flush=True)
+        write_file(Path(out_dir) / "bench.json", json.dumps(report | {"product_flops": speed, "rows": rows}, indent=1))
+    for row in rows if trace else []:
+        costly = ", ".join(f"{name} {100 * share:.1f} %" for name, share in list(row["operations"].items())[:8])
+        print(f"\n{row['script']}{' compiled' * row['compiled']}: {costly}")
+    print(f"\nwrote {out_dir}/bench.json")
