@@ -24,6 +24,7 @@ import run as run_module  # noqa: E402
 data.shapes = functools.cache(data.shapes)  # made once for all tests
 
 SCRIPTS = ("dino.py", "barlow.py", "hybrid_a.py", "hybrid_b.py")
+MEASURES = ("eval_linear.py", "attn_viz.py", "seg_transfer.py", "bench.py")
 TINY = dict(dataset="shapes", device="cpu", dim=16, depth=2, heads=2, batch_size=16, n_local=1, max_steps=3, knn_bank=100)
 TINY |= dict(knn_queries=50, log_every=1)
 TINY_HEAD = dict(out_dim=32, hidden_dim=32, bottleneck_dim=16)
@@ -94,9 +95,11 @@ def launch(words, cwd):
 
 @pytest.fixture
 def command(tmp_path):
-    """command(script, **keys) runs a script in a process of its own, tiny if it trains; returns exit code, stdout and stderr."""
+    """command(script, **keys) runs a script on the CPU in a process of its own, tiny if it trains: exit code, stdout and stderr."""
 
     def run(script, *args, **keys):
+        if script in MEASURES:
+            keys = {"device": "cpu"} | keys
         keys = tiny(script, **keys) if script in SCRIPTS else [f"--{key}={value}" for key, value in keys.items()]
         return launch([str(ROOT / script), *keys, *args], tmp_path)
 

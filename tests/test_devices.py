@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -250,9 +251,20 @@ def test_bfloat16_is_the_default_only_where_the_gpu_has_it(monkeypatch, device):
 
 
 @pytest.mark.parametrize("device", gpu)
-def test_torchrun_with_nccl(tmp_path, device):
-    """One process, which is all that one GPU takes: the reductions of NCCL are called in the forward and the backward pass."""
-    keys = tiny("hybrid_b.py", device=device, drop_path=0.0, out_dir=tmp_path / "run")
+def test_nccl_has_a_gradient(tmp_path, device):
+    """With one process, which is all that one GPU takes."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        x = torch.randn(5, device=device, requires_grad=True)
+        common.MeanOfProcesses.apply(x).square().sum().backward()
+        torch.testing.assert_close(x.grad, 2 * x.detach())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", gpu)
+def test_torchrun_starts_and_ends(tmp_path, device):
+    keys = tiny("hybrid_b.py", device=device, out_dir=tmp_path / "run")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(ROOT / "hybrid_b.py"), *keys]
     done = subprocess.run(words, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr

@@ -176,7 +176,7 @@ def test_evaluation_shares_the_images(script, tmp_path, monkeypatch):
 
 
 def test_the_evaluation_command_gives_one_answer(tmp_path):
-    words = [str(ROOT / "attn_viz.py"), "--ckpt=random", "--dataset=shapes", "--n_images=50", "--rows=1"]
+    words = [str(ROOT / "attn_viz.py"), "--ckpt=random", "--dataset=shapes", "--n_images=50", "--rows=1", "--device=cpu"]
     answers = []
     for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
         done = subprocess.run([sys.executable, *launch, *words, f"--out_dir={tmp_path}"], capture_output=True, text=True, timeout=180)
