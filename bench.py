@@ -122,9 +122,10 @@ def measure(script, keys, warmup, steps, trace):
     """Runs a training script, a path, with `keys`, until it is measured. Returns a Stopwatch's result."""
     watch = Stopwatch(keys, warmup, steps, trace)
     data.multi_crop, Run.update = watch.views, lambda run: watch.step(run)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None), contextlib.suppress(Measured):
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         sys.argv = [script, *(f"--{key}={value}" for key, value in keys.items()), f"--out_dir={folder}/run"]
-        runpy.run_path(script, run_name="__main__")
+        with contextlib.redirect_stdout(nowhere), contextlib.suppress(Measured):
+            runpy.run_path(script, run_name="__main__")
     return watch.result
 
 
