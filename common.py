@@ -1,6 +1,7 @@
 """What all scripts share and what changes nothing that is learned: keys, errors, device, processes, files."""
 
 import argparse
+import atexit
 import ctypes
 import difflib
 import json
@@ -136,6 +137,7 @@ def check_size(size, patch_size):
 
 def explain(kind, error, trace):
     close_bars()
+    atexit.unregister(dist.destroy_process_group)  # which would wait for the other processes
     if issubclass(kind, UserError):
         if int(os.environ.get("RANK", 0)):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -148,7 +150,7 @@ def explain(kind, error, trace):
     elif issubclass(kind, torch.OutOfMemoryError):
         print(f"error: {first_line(error)}\nckpt.pt is as it was last saved; a smaller --batch_size takes less memory", file=sys.stderr)
     elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
-        print(f"error: torch.compile fails here ({first_line(error)}): leave --compile=True out", file=sys.stderr)
+        print(f"error: torch.compile fails here ({first_line(error)}): go on with --compile=False", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped before the first step: nothing to save", file=sys.stderr)
     else:
@@ -199,10 +201,11 @@ def setup(device, dtype, seed, batch_size=0):
         dtype = "bfloat16" if fast else "float32"
     if dtype == "float64":
         torch.set_default_dtype(torch.float64)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # torchrun
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)  # its threads, left alone, now and then abort a process that ends
     batch_rand.rows = batch_size // world()
     if device.type == "cpu" and sys.platform == "linux":
         libc = ctypes.CDLL(None)
