@@ -7,6 +7,7 @@ to 2e-2, relative to the size of what is compared.
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import common
 import data
 import monitor
 import run as run_module
+import vit
 from conftest import ROOT, SCRIPTS, tiny
 from data import Crop, multi_crop
 from run import load_checkpoint
@@ -50,8 +52,8 @@ def teach(train, monkeypatch):
                 p.register_post_accumulate_grad_hook(lambda p, name=name: keep(name, p))
 
         backend = "inductor" if keys.get("device") == "cuda" else "aot_eager"
-        monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile(module, fullgraph=True, backend=backend))
-        keys |= {"drop_path": 0.0}  # its random numbers are others on every device
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda module, options: compile(module, fullgraph=True, backend=backend))
+        keys = {"drop_path": 0.0} | keys  # its random numbers are others on every device
         train(script, spy, dim=48, heads=3, depth=1, batch_size=64, **keys)
         return torch.tensor(losses), torch.cat([gradients[name] for name in sorted(gradients)])
 
@@ -78,6 +80,21 @@ def test_losses_and_gradients_are_those_of_the_cpu_in_float32(teach, script, dev
         assert distance(other_gradient, gradient) < 1e-4
     else:  # 0.1 to 0.3 away in models this small, at their start, whose features hardly differ yet; 0.02 in ViT-Ti
         assert torch.cosine_similarity(other_gradient, gradient, dim=0) > 0.9
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler here")
+@pytest.mark.parametrize("device", ["cpu", *gpu])
+def test_compiled_or_not_drop_path_draws_the_same(train, monkeypatch, device):
+    def compile_drop_path(module, **keys):
+        for part in module.modules():
+            if isinstance(part, vit.DropPath):
+                compile(part, **keys)
+
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_drop_path)
+    runs = [train("hybrid_a.py", device=device, drop_path=0.5, max_steps=1, compile=compiled)["run"] for compiled in (False, True)]
+    assert runs[1].rows[1]["loss"] == pytest.approx(runs[0].rows[1]["loss"], rel=1e-5)
+    torch._dynamo.reset()
 
 
 class Waiting(TorchFunctionMode):
@@ -217,7 +234,7 @@ def test_batches_read_ahead_are_those_held(device):
 @pytest.mark.parametrize("device", gpu)
 def test_the_monitor_sees_what_the_cpu_sees(train, device):
     rows = [train("barlow.py", device=where, dtype="float32", max_steps=1, depth=3)["run"].rows[0] for where in ("cpu", device)]
-    assert rows[1] == pytest.approx(rows[0], rel=1e-3, abs=1 / 50)  # of 50 queries one may be on the edge
+    assert rows[1] == pytest.approx(rows[0], rel=1e-3, abs=1.5 / 50)  # of 50 queries one may be on the edge
 
 
 @pytest.mark.parametrize("device", gpu)
