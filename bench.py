@@ -3,7 +3,7 @@
 Each row is a script as its user runs it, on `shapes` with the defaults of larger data sets: ViT-Ti/4, 2 x 32 + 6 x 16 pixels. It
 runs in a process of its own, `warmup` steps and then `steps` that count.
 
-    TFLOP/s = floating-point operations of a step's matrix products / seconds of a step
+    TFLOP/s = floating-point operations of a step's matrix products, attention's too / seconds of a step
     of the limit = that / TFLOP/s of a large product in the same precision, on the same device, the best seen so far
 
     python bench.py                                                            on a GPU
@@ -15,16 +15,16 @@ import contextlib
 import json
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import data
 from common import UserError, check, git_commit, read_keys, setup, write_file
@@ -45,6 +45,12 @@ steps = 30  # steps that count
 trace = False  # profile three more steps: what they spend their time on, and files for ui.perfetto.dev
 
 TRACED = 3
+ATTENTION = {  # on a CPU, which FlopCounterMode leaves out
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, out_shape, **__: (
+        sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
 COLUMNS = ("images/s", "ms a step", "in views", "peak GiB", "TFLOP/s", "of the limit", "first step after, s")
 
 
@@ -63,7 +69,7 @@ class Stopwatch:
         self.cuda, self.compiled = keys["device"].startswith("cuda"), keys["compile"]
         self.warmup, self.steps, self.trace, self.begun = warmup, steps, trace, time.perf_counter()
         self.update, self.crop, self.done, self.spans, self.result = Run.update, data.multi_crop, 0, [], {}
-        self.counter, self.profiler = FlopCounterMode(display=False), torch.profiler.profile()
+        self.counter, self.profiler = FlopCounterMode(display=False, custom_mapping=ATTENTION), torch.profiler.profile()
 
     def now(self):
         if self.cuda:
@@ -115,18 +121,43 @@ class Stopwatch:
     def operations(self):
         rows = [row for row in self.profiler.key_averages() if row.device_type == torch.autograd.DeviceType.CPU]
         times = {row.key: row.self_device_time_total if self.cuda else row.self_cpu_time_total for row in rows}
-        return {k: t / sum(times.values()) for k, t in sorted(times.items(), key=lambda item: -item[1])[:20]}
+        whole = sum(times.values()) or 1  # where a GPU may not be watched there are none
+        return {k: t / whole for k, t in sorted(times.items(), key=lambda item: -item[1])[:20]}
 
 
-def measure(script, keys, warmup, steps, trace):
-    """Runs a training script, a path, with `keys`, until it is measured. Returns a Stopwatch's result."""
+def measure(pipe, script, keys, folder, warmup, steps, trace):
+    """Runs a training script, a path, with `keys` in a folder, until it is measured, and sends a Stopwatch's result."""
     watch = Stopwatch(keys, warmup, steps, trace)
     data.multi_crop, Run.update = watch.views, lambda run: watch.step(run)
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
-        sys.argv = [script, *(f"--{key}={value}" for key, value in keys.items()), f"--out_dir={folder}/run"]
-        with contextlib.redirect_stdout(nowhere), contextlib.suppress(Measured):
+    sys.argv = [script, *(f"--{key}={value}" for key, value in keys.items()), f"--out_dir={folder}/run"]
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.suppress(Measured):
             runpy.run_path(script, run_name="__main__")
-    return watch.result
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # the script's own sentence
+        sys.exit(1)
+    pipe.send(watch.result)
+
+
+def in_a_process(*args):
+    """What measure() sends from a process of its own, which leaves nothing behind on the device; None if it failed and said why."""
+    context = get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(there, *args))
+    process.start()
+    there.close()
+    try:
+        result = here.recv()
+        process.join()
+        return result
+    except EOFError:
+        process.join()
+        if process.exitcode < 0:
+            print(f"error: killed by signal {-process.exitcode}: is memory short? A smaller --batch_size takes less", file=sys.stderr)
+        return None
+    finally:
+        process.kill()
+        process.join()
 
 
 def product_speed(device, kind):
@@ -152,28 +183,37 @@ if __name__ == "__main__":
     keys, given = read_keys(globals())
     check(keys | given | {"image_size": 32, "local_size": 16, "patch_size": 4})
     globals().update(given)
-    os.environ["TQDM_DISABLE"] = "1"  # of the scripts
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore:resource_tracker"}  # bars; semaphores of a process that was killed
+    presets = {}
+    for script in (name.strip() for name in scripts.split(",")):
+        path = Path(__file__).with_name(f"{script}.py")
+        its = runpy.run_path(str(path), run_name="bench") if path.exists() else {}
+        if "PRESETS" not in its:
+            raise UserError(f"--scripts={scripts}: there is no training script {path}")
+        presets[str(path)] = {key: its[key] for key in its["PRESETS"]["shapes"]}
     device, autocast = setup(device, dtype, 0)
     with autocast:
-        kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    dtype, rows = str(kind).removeprefix("torch."), []
+        kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.get_default_dtype()
+    dtype, rows, failed = str(kind).removeprefix("torch."), [], []
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     report = {"device": name, "dtype": dtype, "batch_size": batch_size, "torch": torch.__version__, "git_commit": git_commit()}
+    write_file(Path(out_dir) / "bench.json", json.dumps(report))
     print(f"{name}, {dtype}, batch {batch_size}, torch {torch.__version__}\n")
     print(f"| script | {' | '.join(COLUMNS)} |\n|---|{'---:|' * len(COLUMNS)}", flush=True)
-    for compiled, script in product((False, True)[: 1 + compile], scripts.split(",")):
-        path = Path(__file__).with_name(f"{script}.py")
-        if not path.exists():
-            raise UserError(f"--scripts={scripts}: there is no {path}")
-        its = runpy.run_path(str(path), run_name="bench")
-        keys = {key: its[key] for key in its["PRESETS"]["shapes"]} | {"dataset": "shapes", "device": str(device), "dtype": dtype}
-        keys |= {"compile": compiled, "batch_size": batch_size, "n_local": n_local, "dim": dim, "depth": depth, "heads": heads}
-        keys |= {"max_steps": 10**6, "eval_every": 10**6, "save_every": 10**6, "knn_bank": 100, "knn_queries": 100}
+    for compiled, (path, preset) in product((False, True)[: 1 + compile], presets.items()):
+        script = Path(path).stem
         title = script + " compiled" * compiled
+        keys = preset | {"dataset": "shapes", "device": str(device), "dtype": dtype, "compile": compiled, "batch_size": batch_size}
+        keys |= {"n_local": n_local, "dim": dim, "depth": depth, "heads": heads}
+        keys |= {"max_steps": 10**6, "eval_every": 10**6, "save_every": 10**6, "knn_bank": 100, "knn_queries": 100}
         file = Path(out_dir) / f"{title.replace(' ', '-')}.json.gz"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            result = process.submit(measure, str(path), keys, warmup, steps, str(file) if trace else "").result()
+        with tempfile.TemporaryDirectory() as folder:
+            result = in_a_process(path, keys, folder, warmup, steps, str(file) if trace else "")
+        if result is None:
+            failed.append(title)
+            continue
         flop = next((row["flop"] for row in rows if row["script"] == script), 0)  # of a compiled script: what it was before
         limit = max(product_speed(device, kind), *(row["limit"] for row in rows), 0)
         rows.append({"script": script, "compiled": compiled, "flop": flop, "limit": limit} | result)
@@ -183,3 +223,5 @@ if __name__ == "__main__":
         costly = ", ".join(f"{name} {100 * share:.1f} %" for name, share in list(row["operations"].items())[:8])
         print(f"\n{row['script']}{' compiled' * row['compiled']}: {costly}")
     print(f"\nwrote {out_dir}/bench.json")
+    if failed:
+        sys.exit(f"error: not measured: {', '.join(failed)}")
