@@ -24,8 +24,9 @@ for folder in map(Path, sys.argv[1:]):
     def add(key, value, run=run):
         run.setdefault(key, []).append(value)
 
-    if config:
-        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = folder / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if rows:
         seconds = sum((b["step"] - a["step"]) * config["batch_size"] / b["images_per_s"] for a, b in pairwise(rows))
         for key in METERS:
             if key in rows[-1]:
