@@ -5,7 +5,7 @@
 
 STEPS is for all four: images/s that `check` found, / 4, x 60 x minutes / 256, less a tenth. KEYS name the data set, such as
 --dataset=folder --data_dir=data/cifar10-jpeg. OUT receives logs, tables and pictures in few files: run.tgz, and each backbone, float16.
-What fails is said and the rest goes on; the exit code is 1, then.
+The table's minutes are of all four at once: a quarter of them are GPU minutes. What fails is said, the rest goes on, the exit code is 1.
 """
 
 import importlib.util
