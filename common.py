@@ -137,7 +137,7 @@ def check_size(size, patch_size):
 
 def explain(kind, error, trace):
     close_bars()
-    atexit.unregister(dist.destroy_process_group)  # which would wait for the other processes
+    atexit.unregister(part)  # it might wait for the other processes
     if issubclass(kind, UserError):
         if int(os.environ.get("RANK", 0)):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -205,7 +205,7 @@ def setup(device, dtype, seed, batch_size=0):
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():  # torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)  # its threads, left alone, now and then abort a process that ends
+        atexit.register(part)
     batch_rand.rows = batch_size // world()
     if device.type == "cpu" and sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -213,6 +213,12 @@ def setup(device, dtype, seed, batch_size=0):
             libc.mallopt(-4, 0)  # M_MMAP_MAX
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def part():
+    """Ends what joins the processes. Gloo's threads may hold tensors yet; torch 2.10 and 2.11 abort a Python that ends meanwhile."""
+    time.sleep(0.1)
+    dist.destroy_process_group()
 
 
 def seed_step(seed, step):
