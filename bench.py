@@ -46,10 +46,8 @@ trace = False  # profile three more steps: what they spend their time on, and fi
 
 TRACED = 3
 ATTENTION = {  # on a CPU, which FlopCounterMode leaves out
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, out_shape, **__: (
-        sdpa_backward_flop_count(grad, q, k, v)
-    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
 }
 COLUMNS = ("images/s", "ms a step", "in views", "peak GiB", "TFLOP/s", "of the limit", "first step after, s")
 
@@ -146,18 +144,17 @@ def in_a_process(*args):
     process = context.Process(target=measure, args=(there, *args))
     process.start()
     there.close()
+    result = None
     try:
-        result = here.recv()
+        with contextlib.suppress(EOFError):
+            result = here.recv()
         process.join()
-        return result
-    except EOFError:
-        process.join()
-        if process.exitcode < 0:
-            print(f"error: killed by signal {-process.exitcode}: is memory short? A smaller --batch_size takes less", file=sys.stderr)
-        return None
-    finally:
+    finally:  # told to end by a signal, this process does not leave the other behind
         process.kill()
         process.join()
+    if process.exitcode < 0:
+        print(f"error: killed by signal {-process.exitcode}: is memory short? A smaller --batch_size takes less", file=sys.stderr)
+    return result
 
 
 def product_speed(device, kind):
@@ -192,7 +189,7 @@ if __name__ == "__main__":
         its = runpy.run_path(str(path), run_name="bench") if path.exists() else {}
         if "PRESETS" not in its:
             raise UserError(f"--scripts={scripts}: there is no training script {path}")
-        presets[str(path)] = {key: its[key] for key in its["PRESETS"]["shapes"]}
+        presets[path] = {key: its[key] for key in its["PRESETS"]["shapes"]}
     device, autocast = setup(device, dtype, 0)
     with autocast:
         kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.get_default_dtype()
@@ -203,14 +200,14 @@ if __name__ == "__main__":
     print(f"{name}, {dtype}, batch {batch_size}, torch {torch.__version__}\n")
     print(f"| script | {' | '.join(COLUMNS)} |\n|---|{'---:|' * len(COLUMNS)}", flush=True)
     for compiled, (path, preset) in product((False, True)[: 1 + compile], presets.items()):
-        script = Path(path).stem
+        script = path.stem
         title = script + " compiled" * compiled
         keys = preset | {"dataset": "shapes", "device": str(device), "dtype": dtype, "compile": compiled, "batch_size": batch_size}
         keys |= {"n_local": n_local, "dim": dim, "depth": depth, "heads": heads}
         keys |= {"max_steps": 10**6, "eval_every": 10**6, "save_every": 10**6, "knn_bank": 100, "knn_queries": 100}
         file = Path(out_dir) / f"{title.replace(' ', '-')}.json.gz"
         with tempfile.TemporaryDirectory() as folder:
-            result = in_a_process(path, keys, folder, warmup, steps, str(file) if trace else "")
+            result = in_a_process(str(path), keys, folder, warmup, steps, str(file) if trace else "")
         if result is None:
             failed.append(title)
             continue

@@ -8,6 +8,7 @@ STEPS is for all four: images/s that `check` found, / 4, x 60 x minutes / 256, l
 The table's minutes are of all four at once: a quarter of them are GPU minutes. What fails is said, the rest goes on, the exit code is 1.
 """
 
+import contextlib
 import importlib.util
 import signal
 import subprocess
@@ -35,11 +36,9 @@ def run(jobs, seconds, cwd=None):
         for log, words in jobs.items():
             with open(log, "w") as file:
                 processes[log] = subprocess.Popen([sys.executable, *map(str, words)], stdout=file, stderr=subprocess.STDOUT, cwd=cwd)
-        for process in processes.values():
-            try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in processes.values():
                 process.wait(max(late - time.time(), 0))
-            except subprocess.TimeoutExpired:
-                process.terminate()
     finally:
         for log, process in processes.items():
             process.terminate()
@@ -48,7 +47,7 @@ def run(jobs, seconds, cwd=None):
             except subprocess.TimeoutExpired:
                 process.kill()
             if process.wait():
-                last = (["nothing", *log.read_text(errors="replace").split("\n")[:-1]])[-1]
+                last = (log.read_text(errors="replace").splitlines() or ["nothing"])[-1]
                 failures.append(f"{log} ended with {process.returncode}, its last line: {last}")
                 print(failures[-1], file=sys.stderr)
 

@@ -26,7 +26,7 @@ for folder in map(Path, sys.argv[1:]):
 
     log = folder / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    if rows:
+    if config and rows:
         seconds = sum((b["step"] - a["step"]) * config["batch_size"] / b["images_per_s"] for a, b in pairwise(rows))
         for key in METERS:
             if key in rows[-1]:

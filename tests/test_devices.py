@@ -53,7 +53,7 @@ def teach(train, monkeypatch):
 
         backend = "inductor" if keys.get("device") == "cuda" else "aot_eager"
         monkeypatch.setattr(torch.nn.Module, "compile", lambda module, options: compile(module, fullgraph=True, backend=backend))
-        keys = {"drop_path": 0.0} | keys  # its random numbers are others on every device
+        keys |= {"drop_path": 0.0}  # its random numbers are others on every device
         train(script, spy, dim=48, heads=3, depth=1, batch_size=64, **keys)
         return torch.tensor(losses), torch.cat([gradients[name] for name in sorted(gradients)])
 
@@ -234,7 +234,7 @@ def test_batches_read_ahead_are_those_held(device):
 @pytest.mark.parametrize("device", gpu)
 def test_the_monitor_sees_what_the_cpu_sees(train, device):
     rows = [train("barlow.py", device=where, dtype="float32", max_steps=1, depth=3)["run"].rows[0] for where in ("cpu", device)]
-    assert rows[1] == pytest.approx(rows[0], rel=1e-3, abs=1.5 / 50)  # of 50 queries one may be on the edge
+    assert rows[1] == pytest.approx(rows[0], rel=1e-3, abs=1 / 50 + 1e-6)  # of 50 queries one may be on the edge
 
 
 @pytest.mark.parametrize("device", gpu)
