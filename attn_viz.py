@@ -19,27 +19,31 @@ over images, for these runs. Groups whose seeds spread differently are found dif
 Letters in shapes:  n images  h heads  y x patch grid  k patches  r runs  s image side
 """
 
-import io
 import json
 import math
 import re
 import sys
-from itertools import combinations, pairwise, product
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from tqdm import tqdm
 
-from common import UserError, check_size, gather, git_commit, my_part, rank, setup, write_file
-from data import Split, decode, from_bytes, image_files, load, normalise
-from evaluation import configure_evaluation, load_backbone, output_folder, random_like, trained_on
-from masks import has_masks, load_masks
+from data import load
+from twins.attention import attend, divergence, entropy, jaccard, keep_mass
+from twins.backbones import configure_evaluation, load_backbone, output_folder, random_like, trained_on
+from twins.datasets import Split, decode, image_files
+from twins.errors import UserError
+from twins.files import git_state, write_file
+from twins.masks import has_masks, load_masks
+from twins.pictures import attention_picture, divergence_picture
+from twins.processes import rank, setup
+from vit import ViT, check_size
 
 ckpt = ""  # what to look at: A,B,... or name=A:B,name=C:D; each a ckpt.pt, an export folder, an official DINO .pth, or random
-weights = "teacher"  # or student, where a checkpoint has both
+weights = ""  # a network of the checkpoints, such as student; empty: the one that a run evaluates
 dataset = ""  # shapes, cifar10, cifar100, folder, voc2012, pet or imagenet_s; empty: what the first run was trained on
 data_dir = ""  # where its files are; empty: where the first run found them
 images = ""  # a folder of your own images instead
@@ -78,64 +82,6 @@ def read_groups(text):
 
 
 # ----------------------------------------------------------------------------------------------------------------- maps
-
-
-@torch.no_grad()
-def attend(backbone, images, device, autocast, block=-1):
-    """Images uint8 [n 3 s s] -> maps [n h y x], each of sum 1, and the mean attention distance of each head [h] in pixels.
-
-    The distance is between the middles of two patches, weighted by the attention of the one to the other (2010.11929, D.8).
-    """
-    side, heads = images.shape[-1] // backbone.patch_size, backbone.blocks[0].attn.heads
-    at = backbone.patch_size * torch.cartesian_prod(*[torch.arange(side, device=device).float()] * 2)
-    far, maps, distance, n = torch.cdist(at, at), [], torch.zeros(1, heads), len(images)
-    for chunk in my_part(images).split(max(2**24 // (heads * (side**2 + 1) ** 2), 1)):  # 64 MiB of attention
-        with autocast:
-            a = backbone.attention(normalise(from_bytes(chunk.to(device))), block)[..., 1:].float()
-        a = a / a.sum(-1, keepdim=True)
-        maps.append(a[:, :, 0].cpu())
-        distance += ((a[:, :, 1:] * far).sum((0, 2, 3)) / side**2).cpu()
-    return rearrange(gather(torch.cat(maps)), "n h (y x) -> n h y x", y=side), gather(distance).sum(0) / n
-
-
-def keep_mass(maps, share):
-    """The largest patches of each map [... y x] that together hold `share` of it: bool [... y x]. As DINO's visualize_attention."""
-    flat = maps.flatten(-2)
-    ordered, order = flat.sort(-1)
-    kept = ordered.cumsum(-1) / flat.sum(-1, keepdim=True) > 1 - share
-    return torch.zeros_like(kept).scatter(-1, order, kept).view(maps.shape)
-
-
-def entropy(p):
-    """Entropy in bits of distributions p [... k] -> [...]."""
-    return -torch.special.xlogy(p, p).sum(-1) / math.log(2)
-
-
-def divergence(p, q):
-    """Jensen-Shannon divergence in bits of distributions p, q [... k] -> [...]: 0 where equal, 1 where nothing is shared."""
-    return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).clamp(min=0)
-
-
-def jaccard(kept, masks):
-    """DINO's VOC protocol: patches kept by each head, bool [n h y x], against masks int16 [n s s] -> (best head, per head [h]).
-
-    For each class of an image except background, intersection over union of its pixels and the kept ones, what does not
-    count left out of both; the mean over an image's classes, then over images that have any. The best head is chosen for each
-    image and class. Raises UserError when no mask has an object.
-    """
-    kept = F.interpolate(kept.float(), size=masks.shape[-2:], mode="nearest").bool()
-    total, objects = torch.zeros(len(masks), 1 + kept.shape[1]), torch.zeros(len(masks))
-    for c in masks[masks > 0].unique():
-        has = (masks == c).flatten(1).any(1)
-        truth, counts = (masks[has] == c)[:, None], (masks[has] >= 0)[:, None]
-        both, either = ((x & counts).sum((2, 3)) for x in (kept[has] & truth, kept[has] | truth))
-        iou = both / either
-        total[has] += torch.cat([iou.amax(1, keepdim=True), iou], 1)
-        objects[has] += 1
-    if not objects.any():
-        raise UserError("no mask has an object: there is nothing to compare attention with")
-    best, *each = (total / objects[:, None])[objects > 0].mean(0).tolist()
-    return best, each
 
 
 def describe(maps, distance, masks=None):
@@ -231,90 +177,6 @@ def sentence(test, names, level=0.05):
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def png(figure):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
-def attention_picture(images, panels, masks=None):
-    """attention.png: images uint8 [n 3 s s]; panels {name: {title: maps [n y x] or bool masks [n y x]}}; masks [n s s] or None.
-
-    Maps are in units of uniform attention, one colour scale for all; a mask leaves the image bright where it is true.
-    """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
-
-    lines, wide = [{}], 1
-    for name, columns in panels.items():
-        if wide + len(columns) > COLUMNS and lines[-1]:
-            lines.append({})
-        lines[-1][name] = columns
-        wide = 1 + sum(map(len, lines[-1].values()))
-    wide = max(1 + sum(map(len, line.values())) for line in lines)
-    shown = [m * m[0].numel() for columns in panels.values() for m in columns.values() if m.dtype != torch.bool]
-    scale = ScalarMappable(PowerNorm(0.5, 0, max(m.flatten().quantile(0.99).item() for m in shown)), "inferno")
-    size, rows = images.shape[-1], len(images)
-    figure = Figure(figsize=(1.15 * wide + 1, len(lines) * (1.15 * rows + 0.6)), layout="constrained")
-    body, bar = figure.subfigures(1, 2, width_ratios=(1.15 * wide, 1))
-    pixels = rearrange(images, "n c h w -> n h w c").numpy() / 255
-    grey = pixels.mean(-1, keepdims=True)
-    for strip, line in zip(body.subfigures(len(lines), 1, squeeze=False)[:, 0], lines, strict=True):
-        everything = {"": {"image": None}} | line
-        widths = [len(columns) for columns in everything.values()]
-        spare = [wide - sum(widths)] * (wide > sum(widths))
-        parts = strip.subfigures(1, len(widths) + len(spare), width_ratios=widths + spare, squeeze=False)[0]
-        for part, (name, columns) in zip(parts, everything.items(), strict=False):
-            part.suptitle(name or " ", fontsize=10, weight="bold")
-            grid = part.subplots(rows, len(columns), squeeze=False)
-            for (j, (title, maps)), i in product(enumerate(columns.items()), range(rows)):
-                axis = grid[i, j]
-                axis.set_title(title if i == 0 else "", fontsize=8)
-                axis.axis("off")
-                if maps is None:
-                    over = pixels[i]
-                elif maps.dtype == torch.bool:
-                    kept = F.interpolate(maps[i][None, None].float(), size=(size, size), mode="nearest")[0, 0, :, :, None].numpy()
-                    over = pixels[i] * (0.2 + 0.8 * kept)
-                else:
-                    smooth = F.interpolate(maps[i][None, None] * maps[i].numel(), size=(size, size), mode="bilinear")[0, 0]
-                    over = 0.35 * grey[i] + 0.65 * scale.to_rgba(smooth.numpy())[..., :3]
-                axis.imshow(over, interpolation="nearest")
-                if maps is None and masks is not None:
-                    axis.contour(masks[i] > 0, levels=[0.5], colors="cyan", linewidths=1)
-    bar.colorbar(scale, cax=bar.add_axes((0.1, 0.1, 0.25, 0.8)), label="attention, times uniform", extend="max")
-    return png(figure)
-
-
-def divergence_picture(mean, names, groups, seeds):
-    """divergence.png: d [r r] in bits of runs, and means of groups called `names`; the group and seed of each run int64 [r]."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    k = len(names)
-    image = left.imshow(mean, cmap="viridis", vmin=0)
-    starts = [int((groups < g).sum()) for g in range(k + 1)]
-    for edge in starts[1:-1]:
-        left.axhline(edge - 0.5, color="white")
-        left.axvline(edge - 0.5, color="white")
-    middles = [(a + b - 1) / 2 for a, b in pairwise(starts)]
-    table, other = np.full((k, k), np.nan), seeds[:, None] != seeds
-    for a, b in product(range(k), range(k)):
-        pairs = mean[(groups[:, None] == a) & (groups == b) & (other | (a != b) * ~other[groups == a][:, groups == b].any())]
-        table[a, b] = pairs.mean() if len(pairs) else np.nan
-    right.imshow(table, cmap="viridis", vmin=0, vmax=float(mean.max()))
-    for a, b in np.argwhere(~np.isnan(table)):
-        right.text(b, a, f"{table[a, b]:.3f}", ha="center", va="center", color="white" if table[a, b] < 0.6 * mean.max() else "black")
-    titles = "each run against each", "means of groups, of different seeds where there are"
-    for axis, title, ticks in zip((left, right), titles, (middles, range(k)), strict=True):
-        axis.set(title=title, xticks=ticks, yticks=ticks, xticklabels=names, yticklabels=names)
-        axis.tick_params(axis="x", labelrotation=90 if max(map(len, names)) > 10 else 30)
-    figure.colorbar(image, ax=(left, right), label="Jensen-Shannon divergence of mean attention maps, bits")
-    return png(figure)
-
-
 # --------------------------------------------------------------------------------------------------------------- images
 
 
@@ -350,11 +212,11 @@ if __name__ == "__main__":
         raise UserError(f"--blocks={blocks} is unknown: choose last or all")
     device, autocast = setup(device, dtype, seed)
     groups = read_groups(ckpt)
-    runs = [(name, path, *load_backbone(config | {"ckpt": path}, device)) for name, paths in groups.items() for path in paths]
+    runs = [(name, path, *load_backbone(config | {"ckpt": path}, device, ViT)) for name, paths in groups.items() for path in paths]
     _, _, first, about = runs[0]
     image_size = image_size or about["image_size"]
     for _ in range(0 if "random" in groups else 3):  # the floor
-        runs.append(("random", "random", *random_like(first, config, image_size, device)))
+        runs.append(("random", "random", random_like(first, device), {"ckpt": "random"}))
     for _, _, backbone, _ in runs:
         check_size(image_size, backbone.patch_size)
     skipped = []
@@ -418,7 +280,7 @@ if __name__ == "__main__":
     folder = output_folder(config, runs[0][1], dataset or "images")
     about = {"names": names, "group_of_run": of.tolist(), "seed_of_run": seeds.tolist(), "divergence_bits": d.mean(0).tolist()}
     about |= {"tests": tests, "skipped": skipped}
-    about |= {"images": len(data.images), "image_size": image_size, "git_commit": git_commit(), "torch": torch.__version__}
+    about |= {"images": len(data.images), "image_size": image_size, "torch": torch.__version__, **git_state()}
     write_file(folder / "attention.json", json.dumps(config | {"dataset": dataset, "runs": report} | about, indent=1))
     shown = None if data.masks is None else data.masks[:rows]
     write_file(folder / "attention.png", attention_picture(data.images[:rows], panels, shown))

@@ -1,83 +1,120 @@
 """Barlow Twins: redundancy reduction (Zbontar et al., 2103.03230), with a ViT.
 
-X1, X2 are random views of an image, Z1, Z2 their projections, standardised over the batch:
+X1, X2 are random views of an image, Z1, Z2 their projections, z1, z2 those with columns standardised over the batch:
 
-    C = Z1^T Z2 / B    L = CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D
+    C = z1^T z2 / B    L = CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D
 
-The division by D is ours. No teacher, no temperatures; AdamW, for LARS collapses with a ViT.
+Each view goes through the projector alone, as in the official code: its BatchNorm sees one view. The division by D is ours. No
+teacher, no temperatures; AdamW, for LARS collapses with a ViT.
 
-    python barlow.py --dataset=shapes                        five minutes on two CPU cores
+    python barlow.py --dataset=shapes                        a few minutes on two CPU cores
     python barlow.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 pixels
 
 Letters in shapes:  b images  v views  d width of Z or of the ViT
 """
 
+import math
 from itertools import groupby
 
 import torch
-from einops import rearrange
 from torch import nn
 
-from common import BatchNorm1d, configure, cosine, distributed, float32, global_mean, seed_step, setup
 from data import Batches, Crop, load, multi_crop, training_split
-from monitor import correlation_meters, crops_picture, evaluate
-from run import Run
-from vit import ViT
+from twins.keys import configure
+from twins.monitor import correlation_meters, evaluate
+from twins.pictures import crops_picture
+from twins.processes import BatchNorm1d, batch_rand, distributed, global_mean, seed_step, setup, to_float32
+from twins.run import Run
+from vit import ViT, check_size
 
 dataset = "cifar10"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
 data_dir = "data"  # where its files are, or are downloaded to
 out_dir = ""  # where the run writes; empty: out/<script>-<dataset>
-skip_bad_images = False  # of a folder: leave out what cannot be read, up to 1 %
-memory_gib = 8.0  # images up to this size are held on the device, larger sets are read ahead from disk
-resume = False  # go on with the run in out_dir
-seed = 0  # of weights, order and views
-device = "auto"  # cuda, mps or cpu; auto: the first of them that is here
-dtype = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on a GPU that has it
-compile = False  # torch.compile: a minute slower to start, faster after
-epochs = 100  # passes over the training images
-max_steps = 0  # optimizer steps; 0: as many as epochs make
-batch_size = 256  # images a step
-base_lr = 5e-4  # learning rate at batch_size 256, in proportion to it
-min_lr = 1e-6  # learning rate at the end (cosine)
-warmup_epochs = 10.0  # of a learning rate rising from 0
-wd = 0.04  # weight decay at the start; none on biases and norms
-wd_end = 0.4  # weight decay at the end (cosine)
-grad_clip = 3.0  # largest gradient norm of each parameter tensor; 0: no clipping
-image_size = 32  # pixels, of images and global views
-local_size = 16  # pixels, of local views
-n_local = 0  # local views an image
-global_scale = (0.4, 1.0)  # share of an image's area in a global view
-local_scale = (0.1, 0.4)  # share of an image's area in a local view
+preset = ""  # named changes of the defaults, see PRESETS: small
+skip_bad_images = False  # of a folder: leave out files that cannot be read, up to 1 %
+memory_gib = 8.0  # images up to this size are held on the device, larger sets are read ahead from disk [0..]
+resume = False  # continue the run in out_dir
+seed = 0  # of weights, order and views [0..18446744073709551615]
+device = "auto"  # cuda, mps or cpu; auto: the first available
+dtype = "auto"  # precision of the networks; auto: bfloat16 where the hardware computes it [float32|bfloat16|float64]
+compile = False  # torch.compile: a minute slower to start, faster afterwards on a GPU
+epochs = 100  # passes over the training images [1..]
+max_steps = 0  # optimizer steps; 0: as many as `epochs` gives [0..]
+batch_size = 256  # images per step, over all processes [2..]
+base_lr = 5e-4  # learning rate at batch_size 256, scaled linearly with it [0..]
+min_lr = 1e-6  # learning rate at the end of the cosine [0..]
+warmup_epochs = 10.0  # of learning-rate warm-up from 0 [0..]
+wd = 0.04  # weight decay at the start; none on biases and norms [0..]
+wd_end = 0.4  # weight decay at the end of its cosine schedule [0..]
+grad_clip = 3.0  # largest gradient norm of each parameter tensor; 0: no clipping [0..]
+image_size = 32  # pixels, of images and global views [1..]
+local_size = 16  # pixels, of local views [1..]
+n_local = 0  # local views per image [0..]
+global_scale = (0.4, 1.0)  # share of an image's area in a global view [0.001..1]
+local_scale = (0.1, 0.4)  # share of an image's area in a local view [0.001..1]
 blur = False  # Gaussian blur in the views: for images larger than 32 pixels
-patch_size = 4  # pixels, side of a token
-dim = 192  # width of the ViT
-depth = 12  # blocks
-heads = 3  # attention heads
-drop_path = 0.1  # of the student's last block, rising from 0 at the first
-knn_bank = 10000  # at most so many images in the k-NN monitor's bank
-knn_queries = 1000  # at most so many images it is asked about
-eval_every = 1000  # steps between evaluations
-save_every = 1000  # steps between checkpoints
-log_every = 10  # steps between rows of log.jsonl
-logger = ""  # tensorboard or wandb: rows go there too
+patch_size = 4  # pixels, side of a patch [1..]
+dim = 192  # width of the ViT [1..]
+depth = 12  # blocks [1..]
+heads = 3  # attention heads [1..]
+drop_path = 0.1  # rate in the student's last block, rising linearly from 0 in the first [0..0.99]
+knn_bank = 4000  # images in the k-NN monitor's bank, at most [2..]
+knn_queries = 1000  # held-out images that it classifies, at most [1..]
+eval_every = 1000  # steps between evaluations [1..]
+save_every = 1000  # steps between checkpoints [1..]
+log_every = 10  # steps between rows of log.jsonl [1..]
+logger = ""  # rows go there as well [tensorboard|wandb|trackio]
 
 # --- method
-lambd = 0.005  # weight of C's off-diagonal
-proj_dim = 1024  # of the projector, D
+lambd = 0.005  # weight of C's off-diagonal [0..]
+proj_dim = 1024  # of the projector, D [1..]
 # --- end method
 
-PRESETS = {  # what a data set changes in the defaults
-    "stl10": dict(image_size=96, local_size=48, patch_size=8, blur=True),
-    "shapes": dict(dim=64, depth=3, heads=2, max_steps=300, base_lr=2e-3, warmup_epochs=0.5, eval_every=50, save_every=100)
-    | dict(knn_bank=5000, proj_dim=256)
+PRESETS = {
+    "stl10": {
+        "image_size": 96,
+        "local_size": 48,
+        "patch_size": 8,
+        "blur": True,
+    },
+    "shapes": {
+        "dim": 64,
+        "depth": 3,
+        "heads": 2,
+        "max_steps": 300,
+        "base_lr": 2e-3,
+        "warmup_epochs": 0.5,
+        "knn_bank": 5000,
+        "eval_every": 50,
+        "save_every": 100,
+        # --- method
+        "n_local": 0,
+        "proj_dim": 256,
+        # --- end method
+    },
+    "small": {
+        "dim": 96,
+        "depth": 4,
+        "heads": 3,
+        "batch_size": 128,
+        "max_steps": 3000,
+        "base_lr": 4e-3,
+        "warmup_epochs": 0.5,
+        "eval_every": 500,
+        "save_every": 500,
+        # --- method
+        "n_local": 0,
+        # --- end method
+    },
 }
 
 
 def projector(dim):
-    """Barlow Twins' projector. x [n d] -> z [n proj_dim]."""
-    hidden = (nn.Linear(dim, proj_dim, bias=False), BatchNorm1d(proj_dim), nn.ReLU())
-    more = (nn.Linear(proj_dim, proj_dim, bias=False), BatchNorm1d(proj_dim), nn.ReLU())
-    return nn.Sequential(*hidden, *more, nn.Linear(proj_dim, proj_dim, bias=False))
+    """Barlow Twins' projector, Linear-BN-ReLU twice, then Linear. x [n d] -> z [n proj_dim]."""
+    layers = []
+    for width in (dim, proj_dim):
+        layers += [nn.Linear(width, proj_dim, bias=False), BatchNorm1d(proj_dim), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(proj_dim, proj_dim, bias=False))
 
 
 class Network(nn.Module):
@@ -89,9 +126,18 @@ class Network(nn.Module):
         self.projector = projector(dim)
 
     def forward(self, views):
-        same_size = [torch.cat(list(group)) for _, group in groupby(views, key=lambda x: x.shape[-1])]
-        features = torch.cat([self.backbone(x) for x in same_size])
-        return rearrange(self.projector(features), "(v b) d -> v b d", v=len(views))
+        features = backbone_features(self.backbone, views)
+        return torch.stack([self.projector(x) for x in features.chunk(len(views))])  # BatchNorm of each view alone
+
+
+def backbone_features(backbone, views):
+    """[CLS] features "(v b) d" of a list of views [b 3 s s]; those of one size go through the ViT together."""
+    features = []
+    for _, group in groupby(views, key=lambda x: x.shape[-1]):
+        x = torch.cat(list(group))
+        noise = batch_rand(2 * depth, len(x), len(views[0]), x.device) if backbone.drop_path else None
+        features.append(backbone(x, noise))
+    return torch.cat(features)
 
 
 def standardise(z):
@@ -109,6 +155,14 @@ def cross_correlation_loss(z1, z2, lambd):
     return (on_diagonal + lambd * off_diagonal) / d
 
 
+def cosine(start, end, step, steps, warmup=0):
+    """Value at `step` of `steps`: linear from 0 to `start` in `warmup` steps, then half a cosine to `end`, as in official DINO."""
+    warmup = int(warmup)
+    if step < warmup:
+        return start * step / max(warmup - 1, 1)
+    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
+
+
 @torch.no_grad()
 def clip_gradients(parameters, largest):
     """Scales every gradient whose norm is above `largest` down to it, each tensor alone, as DINO does."""
@@ -119,38 +173,47 @@ def clip_gradients(parameters, largest):
 
 def parameter_groups(model):
     """Weight decay for matrices, none for biases and norms."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    return [{"params": decayed}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
 
 if __name__ == "__main__":
-    config = configure(globals())  # from here on every key has its final value
-    device, autocast = setup(device, dtype, seed, batch_size)
+    config = configure(globals())  # the config line: from here on every option has its final value
+    for size in (image_size, local_size):
+        check_size(size, patch_size)
+    device, autocast = setup(device, dtype, seed)
     data = load(dataset, data_dir, image_size, skip_bad_images=skip_bad_images)
-    kept, bank, queries = training_split(data, knn_bank, knn_queries, batch_size)
-    batches = Batches(data.images, kept, batch_size, seed, device, memory_gib)
-    steps_per_epoch = len(kept) // batch_size
+    train_indices, bank, queries = training_split(data, knn_bank, knn_queries, batch_size)
+    batches = Batches(data.images, train_indices, batch_size, seed, device, memory_gib)
+    steps_per_epoch = len(train_indices) // batch_size
     steps = max_steps or epochs * steps_per_epoch
-    crops = [Crop(image_size, global_scale, blur=1.0 * blur), Crop(image_size, global_scale, blur=0.1 * blur, solarize=0.2)]
+    crops = [
+        Crop(image_size, global_scale, blur=1.0 * blur),
+        Crop(image_size, global_scale, blur=0.1 * blur, solarize=0.2),
+    ]
     crops += [Crop(local_size, local_scale, blur=0.5 * blur)] * n_local
 
     # --- method
     student = Network(drop_path).to(device)
-    pairs = [(u, v) for v in range(len(crops)) for u in range(min(v, 2))]  # one of the two is global
-    state = {"student": student}
-    best = student.backbone  # the one to evaluate and to keep
+    pairs = [(u, v) for v in range(len(crops)) for u in range(min(v, 2))]  # one view of a pair is global
+    state = {"network": student}
+    eval_backbone = student.backbone
     # --- end method
 
     optimizer = torch.optim.AdamW(parameter_groups(student), lr=base_lr, weight_decay=wd, fused=True)
-    run = Run(config, steps, state | {"optimizer": optimizer}, device)
+    state["optimizer"] = optimizer
+    run = Run(__file__, config, steps, state, eval_backbone, device)
     if run.start == 0:
         names = [f"{'global' if crop.size == image_size else 'local'} {v + 1}" for v, crop in enumerate(crops)]
         sample = batches(0)[:6]
-        run.write("crops.png", crops_picture(sample, multi_crop(sample, crops, seed, 0), names))
-        run.log(0, {"epoch": 0} | evaluate(best, data, bank, queries, device, autocast))
+        with run.attempt("crops.png"):
+            run.write("crops.png", crops_picture(sample, multi_crop(sample, crops, seed, 0), names))
+        run.log(0, {"epoch": 0.0, **evaluate(eval_backbone, data, bank, queries, device, autocast)})
     if compile:
-        for network in (part for part in state.values() if isinstance(part, nn.Module)):
-            network.compile(options={"fallback_random": True})  # drop path draws what it draws uncompiled
+        for value in state.values():
+            if isinstance(value, nn.Module):
+                value.compile(options={"fallback_random": True})  # random numbers are drawn as without compilation
 
     model = distributed(student)
     for step in range(run.start, steps):
@@ -164,7 +227,7 @@ if __name__ == "__main__":
         # --- method
         with autocast:
             z = model(views)
-        z = float32(z)
+        z = to_float32(z)
         cc = torch.stack([cross_correlation_loss(z[u], z[v], lambd) for u, v in pairs]).mean()
         loss, parts = cc, {"cc": cc}
         # --- end method
@@ -181,13 +244,13 @@ if __name__ == "__main__":
         if done % log_every == 0 or evaluate_now:
             row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"])
             # --- method
-            row |= correlation_meters(z[0], z[1])
+            row.update(correlation_meters(z[0], z[1]))
             # --- end method
             if evaluate_now:
-                row |= evaluate(best, data, bank, queries, device, autocast)
+                row.update(evaluate(eval_backbone, data, bank, queries, device, autocast))
             run.log(done, row)
         if done % save_every == 0 or done == steps or run.stop:
-            run.save(done, best)
+            run.save(done)
         if run.stop:
             break
     run.finish()

@@ -27,8 +27,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import data
-from common import UserError, check, git_commit, read_keys, setup, write_file
-from run import Run
+from twins.errors import UserError
+from twins.files import git_state, write_file
+from twins.keys import parse
+from twins.processes import setup
+from twins.run import Run
 
 scripts = "dino,barlow,hybrid_a,hybrid_b"  # which ones
 out_dir = "out/bench"  # where bench.json and traces go
@@ -177,8 +180,7 @@ def cells(row):
 
 
 if __name__ == "__main__":
-    keys, given = read_keys(globals())
-    check(keys | given | {"image_size": 32, "local_size": 16, "patch_size": 4})
+    _, _, given = parse(globals())
     globals().update(given)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
@@ -195,7 +197,7 @@ if __name__ == "__main__":
         kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.get_default_dtype()
     dtype, rows, failed = str(kind).removeprefix("torch."), [], []
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    report = {"device": name, "dtype": dtype, "batch_size": batch_size, "torch": torch.__version__, "git_commit": git_commit()}
+    report = {"device": name, "dtype": dtype, "batch_size": batch_size, "torch": torch.__version__, **git_state()}
     write_file(Path(out_dir) / "bench.json", json.dumps(report))
     print(f"{name}, {dtype}, batch {batch_size}, torch {torch.__version__}\n")
     print(f"| script | {' | '.join(COLUMNS)} |\n|---|{'---:|' * len(COLUMNS)}", flush=True)

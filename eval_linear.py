@@ -18,6 +18,7 @@ Letters in shapes:  b images  d width of a feature  s settings  c classes  n dat
 
 import hashlib
 import json
+import math
 import sys
 from itertools import product
 from pathlib import Path
@@ -27,13 +28,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import UserError, check_size, cosine, gather, git_commit, my_part, rank, setup, write_file
 from data import Crop, batch_indices, draw, from_bytes, load, normalise, resized_crop
-from evaluation import configure_evaluation, load_backbone, output_folder, trained_on
-from monitor import knn
+from twins.backbones import configure_evaluation, load_backbone, output_folder, trained_on
+from twins.errors import UserError
+from twins.files import git_state, write_file
+from twins.monitor import knn
+from twins.processes import gather, rank, setup, shard
+from vit import ViT, check_size
 
 ckpt = ""  # what to evaluate: ckpt.pt, an export folder, an official DINO .pth, or random
-weights = "teacher"  # or student, where a checkpoint has both
+weights = ""  # a network of the checkpoint, such as student; empty: the one that its run evaluates
 dataset = ""  # shapes, cifar10, cifar100, imagenet32, stl10 or folder; empty: what the run was trained on
 data_dir = ""  # where its files are; empty: where the run found them
 skip_bad_images = False  # of a folder: leave out what cannot be read, up to 1 %
@@ -64,12 +68,12 @@ def extract(backbone, x, autocast):
     with autocast:
         layers = [layer.float() for layer in backbone.layers(x, last=4)]
     cls = [layer[:, 0] for layer in layers]
-    return {"linear": cls[-1], "linear4": torch.cat(cls, 1), "linear_avg": torch.cat([cls[-1], layers[-1][:, 1:].mean(1)], 1)}
+    return {"linear": cls[-1], "linear4": torch.cat(cls, 1), "linear_avg": torch.cat([cls[-1], layers[-1][:, backbone.num_prefix_tokens :].mean(1)], 1)}
 
 
 def extract_all(backbone, images, device, autocast, what):
     """Images uint8 [n 3 s s] -> a feature [n d] for each linear protocol; of several processes each does its part."""
-    images, chunks = my_part(images), []
+    images, chunks = shard(images), []
     for chunk in tqdm(images.split(500), f"features of {what}", unit_scale=500, unit=" images", disable=len(images) < 1000):
         chunks.append(extract(backbone, normalise(from_bytes(chunk.to(device))), autocast))
     return {name: gather(torch.cat([chunk[name] for chunk in chunks])) for name in chunks[0]}
@@ -97,7 +101,7 @@ def train_probes(batches, steps, widths, classes, settings, device, progress="")
     momenta = {k: tuple(torch.zeros_like(t) for t in probe) for k, probe in probes.items()}
     for step in tqdm(range(steps), progress, unit="step", disable=not progress):
         features, labels = batches(step)
-        rate = lr * cosine(1.0, 0.0, step, steps)
+        rate = lr * (1 + math.cos(math.pi * step / steps)) / 2
         for name, (w, bias) in probes.items():
             x = features[name]
             error = (predict(x, (w, bias)).softmax(-1) - F.one_hot(labels, classes)[:, None]) / len(x)  # [b s c]
@@ -192,7 +196,7 @@ def evaluate(train, labels, test, test_labels, classes, device, images=None, bac
 if __name__ == "__main__":
     config = configure_evaluation(globals())
     device, autocast = setup(device, dtype, seed)
-    backbone, about = load_backbone(config, device)
+    backbone, about = load_backbone(config, device, ViT)
     dataset, data_dir = trained_on(config, about)
     if not dataset:
         raise UserError(f"--ckpt={ckpt} does not say what it was trained on: give --dataset")
@@ -216,14 +220,14 @@ if __name__ == "__main__":
     again = {"images": train.images, "backbone": backbone, "autocast": autocast} if augment else {}
     results = evaluate(features["training"], labels, features["test"], test_labels, len(train.classes), device, **again)
 
-    print(f"\n{ckpt} ({weights}) on {dataset}: {len(labels)} training, {len(test_labels)} test images\n")
+    print(f"\n{ckpt} ({about.get("network", "random")}) on {dataset}: {len(labels)} training, {len(test_labels)} test images\n")
     print("| protocol | selected | held out | top-1 | top-5 |\n|---|---|---:|---:|---:|")
     for name, r in results.items():
         selected = " ".join(f"{k} {v:g}" for k, v in r["selected"].items() if k != "held_out")
         numbers = f"{100 * r['selected']['held_out']:.1f} | {100 * r['top1']:.1f} ± {100 * r['interval95']:.1f} | {100 * r['top5']:.1f}"
         print(f"| {name}{' augmented' if augment and name != 'knn' else ''} | {selected} | {numbers} |")
     report = config | {"dataset": dataset, "data_dir": str(data_dir), "image_size": image_size, "checkpoint": about, "results": results}
-    report |= {"torch": torch.__version__, "git_commit": git_commit(), "test_images": len(test_labels), "device": str(device)}
+    report |= {"torch": torch.__version__, "test_images": len(test_labels), "device": str(device), **git_state()}
     if Path(ckpt).is_file():
         report["sha256"] = hashlib.sha256(Path(ckpt).read_bytes()).hexdigest()
     folder = output_folder(config, ckpt, dataset)

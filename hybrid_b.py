@@ -1,18 +1,21 @@
 """Hybrid B: Barlow Twins' cross-correlation (CC) between two student projections, DINO's cross-entropy (CE) against a third.
 
-X1, X2, X3 are random views of an image, smaller local ones beside them. The student sees all but X3, the teacher X3 alone.
-The teacher is the exponential moving average (EMA) of the student and gets no gradient (sg = stop-gradient):
+X1, X2, X3 are random views of an image, smaller local ones beside them. The student sees all but X3, the teacher X3 alone. The
+teacher is the exponential moving average (EMA) of the student and gets no gradient (sg = stop-gradient):
 
-    P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)    CE = H(P_t, P_s), Caron et al., 2104.14294
-    CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D    C = z1^T z2 / B, columns of z standardised, Zbontar et al., 2103.03230
-    L = mean of CE over the student's views + alpha CC(Z1, Z2); CC teaches through both, no teacher in it
+    P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)    CE = H(P_t, P_s)         DINO, 2104.14294
+    C = z1^T z2 / B    CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D             Barlow Twins, 2103.03230
+    L = mean of CE over the student's views + alpha CC(Z1, Z2), with gradient through Z1 and Z2
 
-    python hybrid_b.py --dataset=shapes                        five minutes on two CPU cores
+z1, z2 are projections whose columns are standardised over the batch. The division by D is ours: alpha means the same for any D.
+
+    python hybrid_b.py --dataset=shapes                        a few minutes on two CPU cores
     python hybrid_b.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 3 x 32 + 6 x 16 pixels
 
 Letters in shapes:  b images  u teacher views  v student views  k prototypes  d width of the ViT
 """
 
+import math
 from itertools import groupby
 
 import torch
@@ -20,115 +23,164 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from common import BatchNorm1d, configure, cosine, distributed, float32, global_mean, seed_step, setup
 from data import Batches, Crop, load, multi_crop, training_split
-from monitor import correlation_meters, crops_picture, entropy, evaluate
-from run import Run
-from vit import ViT
+from twins.keys import configure
+from twins.monitor import correlation_meters, entropy, evaluate
+from twins.pictures import crops_picture
+from twins.processes import BatchNorm1d, batch_rand, distributed, global_mean, seed_step, setup, to_float32
+from twins.run import Run
+from vit import ViT, check_size
 
 dataset = "cifar10"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
 data_dir = "data"  # where its files are, or are downloaded to
 out_dir = ""  # where the run writes; empty: out/<script>-<dataset>
-skip_bad_images = False  # of a folder: leave out what cannot be read, up to 1 %
-memory_gib = 8.0  # images up to this size are held on the device, larger sets are read ahead from disk
-resume = False  # go on with the run in out_dir
-seed = 0  # of weights, order and views
-device = "auto"  # cuda, mps or cpu; auto: the first of them that is here
-dtype = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on a GPU that has it
-compile = False  # torch.compile: a minute slower to start, faster after
-epochs = 100  # passes over the training images
-max_steps = 0  # optimizer steps; 0: as many as epochs make
-batch_size = 256  # images a step
-base_lr = 5e-4  # learning rate at batch_size 256, in proportion to it
-min_lr = 1e-6  # learning rate at the end (cosine)
-warmup_epochs = 10.0  # of a learning rate rising from 0
-wd = 0.04  # weight decay at the start; none on biases and norms
-wd_end = 0.4  # weight decay at the end (cosine)
-grad_clip = 3.0  # largest gradient norm of each parameter tensor; 0: no clipping
-image_size = 32  # pixels, of images and global views
-local_size = 16  # pixels, of local views
-n_local = 6  # local views an image
-global_scale = (0.4, 1.0)  # share of an image's area in a global view
-local_scale = (0.1, 0.4)  # share of an image's area in a local view
+preset = ""  # named changes of the defaults, see PRESETS: small
+skip_bad_images = False  # of a folder: leave out files that cannot be read, up to 1 %
+memory_gib = 8.0  # images up to this size are held on the device, larger sets are read ahead from disk [0..]
+resume = False  # continue the run in out_dir
+seed = 0  # of weights, order and views [0..18446744073709551615]
+device = "auto"  # cuda, mps or cpu; auto: the first available
+dtype = "auto"  # precision of the networks; auto: bfloat16 where the hardware computes it [float32|bfloat16|float64]
+compile = False  # torch.compile: a minute slower to start, faster afterwards on a GPU
+epochs = 100  # passes over the training images [1..]
+max_steps = 0  # optimizer steps; 0: as many as `epochs` gives [0..]
+batch_size = 256  # images per step, over all processes [2..]
+base_lr = 5e-4  # learning rate at batch_size 256, scaled linearly with it [0..]
+min_lr = 1e-6  # learning rate at the end of the cosine [0..]
+warmup_epochs = 10.0  # of learning-rate warm-up from 0 [0..]
+wd = 0.04  # weight decay at the start; none on biases and norms [0..]
+wd_end = 0.4  # weight decay at the end of its cosine schedule [0..]
+grad_clip = 3.0  # largest gradient norm of each parameter tensor; 0: no clipping [0..]
+image_size = 32  # pixels, of images and global views [1..]
+local_size = 16  # pixels, of local views [1..]
+n_local = 6  # local views per image [0..]
+global_scale = (0.4, 1.0)  # share of an image's area in a global view [0.001..1]
+local_scale = (0.1, 0.4)  # share of an image's area in a local view [0.001..1]
 blur = False  # Gaussian blur in the views: for images larger than 32 pixels
-patch_size = 4  # pixels, side of a token
-dim = 192  # width of the ViT
-depth = 12  # blocks
-heads = 3  # attention heads
-drop_path = 0.1  # of the student's last block, rising from 0 at the first
-knn_bank = 10000  # at most so many images in the k-NN monitor's bank
-knn_queries = 1000  # at most so many images it is asked about
-eval_every = 1000  # steps between evaluations
-save_every = 1000  # steps between checkpoints
-log_every = 10  # steps between rows of log.jsonl
-logger = ""  # tensorboard or wandb: rows go there too
+patch_size = 4  # pixels, side of a patch [1..]
+dim = 192  # width of the ViT [1..]
+depth = 12  # blocks [1..]
+heads = 3  # attention heads [1..]
+drop_path = 0.1  # rate in the student's last block, rising linearly from 0 in the first [0..0.99]
+knn_bank = 4000  # images in the k-NN monitor's bank, at most [2..]
+knn_queries = 1000  # held-out images that it classifies, at most [1..]
+eval_every = 1000  # steps between evaluations [1..]
+save_every = 1000  # steps between checkpoints [1..]
+log_every = 10  # steps between rows of log.jsonl [1..]
+logger = ""  # rows go there as well [tensorboard|wandb|trackio]
 
 # --- method
-out_dim = 1024  # prototypes k, the width of Z
-hidden_dim = 2048  # of the head
-bottleneck_dim = 256  # of the head, before the prototypes
-head_bn = True  # BatchNorm in the head
+out_dim = 1024  # prototypes k, the width of Z [1..]
+hidden_dim = 2048  # of the head [1..]
+bottleneck_dim = 256  # of the head, before the prototypes [1..]
+head_bn = False  # BatchNorm in the head; official DINO has none with a ViT
 l2_bottleneck = True  # L2-normalise the bottleneck
-norm_last_layer = True  # weight-normed prototypes, each of length 1
-freeze_last_layer_epochs = 1.0  # no gradient for the prototypes at first
-tau_s = 0.1  # student's temperature
-tau_t = 0.07  # teacher's temperature; sharpening is tau_t < tau_s
-tau_t_start = 0.04  # teacher's temperature at first
-tau_t_warmup_epochs = 10.0  # from tau_t_start to tau_t
+norm_last_layer = True  # weight-normed prototypes keep length 1; False: their lengths are learned
+freeze_last_layer_epochs = 1.0  # epochs without a gradient for the prototypes [0..]
+tau_s = 0.1  # student temperature [1e-6..]
+tau_t = 0.07  # teacher temperature; sharpening is tau_t < tau_s [1e-6..]
+tau_t_start = 0.04  # teacher temperature at the start of its warm-up [1e-6..]
+tau_t_warmup_epochs = 10.0  # of teacher-temperature warm-up, linear by epoch [0..]
 centering = True  # subtract the running mean of the teacher's Z
-center_momentum = 0.9  # of that mean
-ema = 0.996  # the teacher's momentum at the start; 0: the teacher is the student
-ema_end = 1.0  # and at the end (cosine)
-alpha = 5.0  # weight of CC beside CE
-lambd = 0.005  # weight of C's off-diagonal
-cc_local = False  # CC of the local views too
-head = "shared"  # both losses on one Z; two: CC has a Barlow projector of its own
-proj_dim = 512  # of that projector
+center_momentum = 0.9  # of that running mean [0..1]
+ema = 0.996  # momentum of the teacher at the start; 0: the teacher is the current student [0..1]
+ema_end = 1.0  # momentum of the teacher at the end of its cosine schedule [0..1]
+alpha = 5.0  # weight of CC beside CE; 0: CE alone [0..]
+lambd = 0.005  # weight of C's off-diagonal [0..]
+cc_local = False  # CC of the local views as well
+head = "shared"  # one Z for both losses, or a Barlow projector of its own for CC [shared|two]
+proj_dim = 512  # of that projector, D [1..]
+# --- end method
 
-PRESETS = {  # what a data set changes in the defaults
-    "stl10": dict(image_size=96, local_size=48, patch_size=8, blur=True),
-    "shapes": dict(dim=64, depth=3, heads=2, max_steps=300, base_lr=2e-3, warmup_epochs=0.5, eval_every=50, save_every=100)
-    | dict(knn_bank=5000, n_local=2, hidden_dim=512, bottleneck_dim=128, out_dim=128, tau_t=0.04, tau_t_warmup_epochs=0.0, ema=0.8)
-    | dict(alpha=20.0)
+PRESETS = {
+    "stl10": {
+        "image_size": 96,
+        "local_size": 48,
+        "patch_size": 8,
+        "blur": True,
+    },
+    "shapes": {
+        "dim": 64,
+        "depth": 3,
+        "heads": 2,
+        "max_steps": 300,
+        "base_lr": 2e-3,
+        "warmup_epochs": 0.5,
+        "n_local": 2,
+        "knn_bank": 5000,
+        "eval_every": 50,
+        "save_every": 100,
+        # --- method
+        "hidden_dim": 512,
+        "bottleneck_dim": 128,
+        "out_dim": 128,
+        "tau_t": 0.04,
+        "tau_t_warmup_epochs": 0.0,
+        "ema": 0.8,
+        "alpha": 20.0,
+        # --- end method
+    },
+    "small": {
+        "dim": 96,
+        "depth": 4,
+        "heads": 3,
+        "batch_size": 128,
+        "max_steps": 3000,
+        "base_lr": 4e-3,
+        "warmup_epochs": 0.5,
+        "n_local": 2,
+        "eval_every": 500,
+        "save_every": 500,
+        # --- method
+        "hidden_dim": 512,
+        "tau_t": 0.055,
+        "tau_t_warmup_epochs": 0.0,
+        "ema": 0.97,
+        "freeze_last_layer_epochs": 0.2,
+        "alpha": 20.0,
+        # --- end method
+    },
 }
 
 
 class Head(nn.Module):
-    """DINO's head: a three-layer perceptron, L2, prototypes. x [n d] -> z [n k]."""
+    """DINO's head: a three-layer perceptron, L2, weight-normed prototypes. x [n d] -> z [n k]."""
 
     def __init__(self, dim):
         super().__init__()
-        norm = (lambda: BatchNorm1d(hidden_dim)) if head_bn else nn.Identity
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden_dim),
-            norm(),
+            BatchNorm1d(hidden_dim) if head_bn else nn.Identity(),
             nn.GELU(),
             nn.Linear(hidden_dim, hidden_dim),
-            norm(),
+            BatchNorm1d(hidden_dim) if head_bn else nn.Identity(),
             nn.GELU(),
             nn.Linear(hidden_dim, bottleneck_dim),
         )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
         self.last = nn.Linear(bottleneck_dim, out_dim, bias=False)
-        for layer in self.mlp[::3]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        self.length = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
 
     def forward(self, x):
         x = self.mlp(x)
         if l2_bottleneck:
             x = F.normalize(x, dim=-1, eps=1e-6)
-        return F.linear(x, F.normalize(self.last.weight, dim=1)) if norm_last_layer else self.last(x)
+        return F.linear(x, self.length * F.normalize(self.last.weight, dim=1))
 
 
 def projector(dim):
-    """Barlow Twins' projector, for head='two'. x [n d] -> z [n proj_dim]."""
-    hidden = (nn.Linear(dim, proj_dim, bias=False), BatchNorm1d(proj_dim), nn.ReLU())
-    more = (nn.Linear(proj_dim, proj_dim, bias=False), BatchNorm1d(proj_dim), nn.ReLU())
-    return nn.Sequential(*hidden, *more, nn.Linear(proj_dim, proj_dim, bias=False))
+    """Barlow Twins' projector, Linear-BN-ReLU twice, then Linear. x [n d] -> z [n proj_dim]."""
+    layers = []
+    for width in (dim, proj_dim):
+        layers += [nn.Linear(width, proj_dim, bias=False), BatchNorm1d(proj_dim), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(proj_dim, proj_dim, bias=False))
 
 
 class Network(nn.Module):
-    """ViT and heads. Views, a list of [b 3 s s] -> Z for CE [v b k] and for CC [v b D]; views of one size go together."""
+    """ViT and heads. Views, a list of [b 3 s s] -> Z for CE [v b k] and Z for CC [v b D], the same if head="shared"."""
 
     def __init__(self, drop_path):
         super().__init__()
@@ -137,16 +189,27 @@ class Network(nn.Module):
         self.projector = projector(dim) if head == "two" else None
 
     def forward(self, views):
-        same_size = [torch.cat(list(group)) for _, group in groupby(views, key=lambda x: x.shape[-1])]
-        features = torch.cat([self.backbone(x) for x in same_size])
-        z = rearrange(self.head(features), "(v b) k -> v b k", v=len(views))
-        return z, z if self.projector is None else rearrange(self.projector(features), "(v b) d -> v b d", v=len(views))
+        features = backbone_features(self.backbone, views)
+        z_ce = rearrange(self.head(features), "(v b) k -> v b k", v=len(views))
+        if self.projector is None:
+            return z_ce, z_ce
+        return z_ce, torch.stack([self.projector(x) for x in features.chunk(len(views))])  # BatchNorm of each view alone
 
 
-def cross_entropy(pt, zs, tau_s):
-    """H(P_t, P_s) of every pair of views: teacher's pt [u b k], student's zs [v b k] -> [u v], means over the batch."""
-    log_ps = F.log_softmax(zs / tau_s, dim=-1)
-    return -torch.einsum("u b k, v b k -> u v", pt, log_ps) / pt.shape[1]
+def backbone_features(backbone, views):
+    """[CLS] features "(v b) d" of a list of views [b 3 s s]; those of one size go through the ViT together."""
+    features = []
+    for _, group in groupby(views, key=lambda x: x.shape[-1]):
+        x = torch.cat(list(group))
+        noise = batch_rand(2 * depth, len(x), len(views[0]), x.device) if backbone.drop_path else None
+        features.append(backbone(x, noise))
+    return torch.cat(features)
+
+
+def cross_entropy(p_t, z_s, tau_s):
+    """H(P_t, P_s) of every pair of views: teacher's p_t [u b k], student's z_s [v b k] -> [u v], means over the batch."""
+    log_p_s = F.log_softmax(z_s / tau_s, dim=-1)
+    return -torch.einsum("u b k, v b k -> u v", p_t, log_p_s) / p_t.shape[1]
 
 
 def standardise(z):
@@ -164,10 +227,25 @@ def cross_correlation_loss(z1, z2, lambd):
     return (on_diagonal + lambd * off_diagonal) / d
 
 
+def teacher_temperature(epoch):
+    """From tau_t_start to tau_t, linear in whole epochs; constant without warm-up or sharpening."""
+    if tau_t >= tau_s or epoch >= tau_t_warmup_epochs:
+        return tau_t
+    return tau_t_start + (tau_t - tau_t_start) * int(epoch) / max(tau_t_warmup_epochs - 1, 1)
+
+
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
     """teacher = momentum * teacher + (1 - momentum) * student, every parameter."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+def cosine(start, end, step, steps, warmup=0):
+    """Value at `step` of `steps`: linear from 0 to `start` in `warmup` steps, then half a cosine to `end`, as in official DINO."""
+    warmup = int(warmup)
+    if step < warmup:
+        return start * step / max(warmup - 1, 1)
+    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
 
 
 @torch.no_grad()
@@ -180,19 +258,25 @@ def clip_gradients(parameters, largest):
 
 def parameter_groups(model):
     """Weight decay for matrices, none for biases and norms."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    return [{"params": decayed}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
 
 if __name__ == "__main__":
-    config = configure(globals())  # from here on every key has its final value
-    device, autocast = setup(device, dtype, seed, batch_size)
+    config = configure(globals())  # the config line: from here on every option has its final value
+    for size in (image_size, local_size):
+        check_size(size, patch_size)
+    device, autocast = setup(device, dtype, seed)
     data = load(dataset, data_dir, image_size, skip_bad_images=skip_bad_images)
-    kept, bank, queries = training_split(data, knn_bank, knn_queries, batch_size)
-    batches = Batches(data.images, kept, batch_size, seed, device, memory_gib)
-    steps_per_epoch = len(kept) // batch_size
+    train_indices, bank, queries = training_split(data, knn_bank, knn_queries, batch_size)
+    batches = Batches(data.images, train_indices, batch_size, seed, device, memory_gib)
+    steps_per_epoch = len(train_indices) // batch_size
     steps = max_steps or epochs * steps_per_epoch
-    crops = [Crop(image_size, global_scale, blur=1.0 * blur), Crop(image_size, global_scale, blur=0.1 * blur, solarize=0.2)]
+    crops = [
+        Crop(image_size, global_scale, blur=1.0 * blur),
+        Crop(image_size, global_scale, blur=0.1 * blur, solarize=0.2),
+    ]
     crops += [Crop(local_size, local_scale, blur=0.5 * blur)] * n_local
 
     # --- method
@@ -202,19 +286,22 @@ if __name__ == "__main__":
     teacher.requires_grad_(False)
     center = torch.zeros(out_dim, device=device)
     state = {"student": student, "teacher": teacher, "center": center}
-    best = teacher.backbone  # the one to evaluate and to keep
+    eval_backbone = teacher.backbone
     # --- end method
 
     optimizer = torch.optim.AdamW(parameter_groups(student), lr=base_lr, weight_decay=wd, fused=True)
-    run = Run(config, steps, state | {"optimizer": optimizer}, device)
+    state["optimizer"] = optimizer
+    run = Run(__file__, config, steps, state, eval_backbone, device)
     if run.start == 0:
         names = [f"{'global' if crop.size == image_size else 'local'} {v + 1}" for v, crop in enumerate(crops)]
         sample = batches(0)[:6]
-        run.write("crops.png", crops_picture(sample, multi_crop(sample, crops, seed, 0), names))
-        run.log(0, {"epoch": 0} | evaluate(best, data, bank, queries, device, autocast))
+        with run.attempt("crops.png"):
+            run.write("crops.png", crops_picture(sample, multi_crop(sample, crops, seed, 0), names))
+        run.log(0, {"epoch": 0.0, **evaluate(eval_backbone, data, bank, queries, device, autocast)})
     if compile:
-        for network in (part for part in state.values() if isinstance(part, nn.Module)):
-            network.compile(options={"fallback_random": True})  # drop path draws what it draws uncompiled
+        for value in state.values():
+            if isinstance(value, nn.Module):
+                value.compile(options={"fallback_random": True})  # random numbers are drawn as without compilation
 
     model = distributed(student)
     for step in range(run.start, steps):
@@ -226,15 +313,13 @@ if __name__ == "__main__":
         views = multi_crop(batches(step), crops, seed, step)
 
         # --- method
-        warm = tau_t < tau_s and epoch < tau_t_warmup_epochs
-        tau = tau_t_start + (tau_t - tau_t_start) * epoch / tau_t_warmup_epochs if warm else tau_t
         with autocast:
-            (zs, ys), (zt, _) = model(views[:-1]), teacher(views[-1:])
-        zs, zt, ys = float32(zs), float32(zt), float32(ys)
-        pt = ((zt - center) / tau).softmax(-1)  # [u b k]
-        ce = cross_entropy(pt, zs, tau_s).mean()
-        others = range(1, len(zs) if cc_local else 2)
-        cc = torch.stack([cross_correlation_loss(ys[0], ys[v], lambd) for v in others]).mean()
+            (z_s, z_s_cc), (z_t, _) = model(views[:-1]), teacher(views[-1:])
+        z_s, z_t, z_s_cc = (to_float32(z) for z in (z_s, z_t, z_s_cc))
+        p_t = ((z_t - center) / teacher_temperature(epoch)).softmax(-1)  # [u b k]
+        ce = cross_entropy(p_t, z_s, tau_s).mean()
+        others = range(1, len(z_s) if cc_local else 2)
+        cc = torch.stack([cross_correlation_loss(z_s_cc[0], z_s_cc[v], lambd) for v in others]).mean()
         loss, parts = ce + alpha * cc, {"ce": ce, "cc": cc}
         # --- end method
 
@@ -244,13 +329,13 @@ if __name__ == "__main__":
             clip_gradients(student.parameters(), grad_clip)
         # --- method
         if epoch < freeze_last_layer_epochs:
-            student.head.last.weight.grad = None
+            student.head.last.weight.grad = student.head.length.grad = None
         # --- end method
         optimizer.step()
         # --- method
         update_teacher(teacher, student, cosine(ema, ema_end, step, steps) if ema else 0.0)
         if centering:
-            center.lerp_(global_mean(zt.mean((0, 1))), 1 - center_momentum)
+            center.lerp_(global_mean(z_t.mean((0, 1))), 1 - center_momentum)
         # --- end method
 
         done = step + 1
@@ -259,14 +344,14 @@ if __name__ == "__main__":
         if done % log_every == 0 or evaluate_now:
             row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"])
             # --- method
-            row |= {"teacher_entropy": entropy(pt), "kl": ce - entropy(pt)}
-            row |= correlation_meters(ys[0], ys[1])
+            row.update(teacher_entropy=entropy(p_t), kl=ce - entropy(p_t))
+            row.update(correlation_meters(z_s_cc[0], z_s_cc[1]))
             # --- end method
             if evaluate_now:
-                row |= evaluate(best, data, bank, queries, device, autocast)
+                row.update(evaluate(eval_backbone, data, bank, queries, device, autocast))
             run.log(done, row)
         if done % save_every == 0 or done == steps or run.stop:
-            run.save(done, best)
+            run.save(done)
         if run.stop:
             break
     run.finish()

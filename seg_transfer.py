@@ -17,6 +17,7 @@ Letters in shapes:  b n images  s image side  y x patch grid  d width  c classes
 
 import copy
 import json
+import math
 import sys
 from functools import partial
 
@@ -27,14 +28,18 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from attn_viz import attend, jaccard, keep_mass, png
-from common import UserError, check_size, cosine, gather, git_commit, my_part, rank, seed_step, setup, write_file
 from data import batch_indices, from_bytes, normalise
-from evaluation import configure_evaluation, load_backbone, output_folder, random_like, trained_on
-from masks import has_masks, load_masks
+from twins.attention import attend, jaccard, keep_mass
+from twins.backbones import configure_evaluation, load_backbone, output_folder, random_like, trained_on
+from twins.errors import UserError
+from twins.files import git_state, write_file
+from twins.masks import has_masks, load_masks
+from twins.pictures import segmentation_picture
+from twins.processes import gather, rank, seed_step, setup, shard
+from vit import ViT, check_size
 
 ckpt = ""  # what to evaluate: ckpt.pt, an export folder, an official DINO .pth, or random
-weights = "teacher"  # or student, where a checkpoint has both
+weights = ""  # a network of the checkpoint, such as student; empty: the one that its run evaluates
 dataset = ""  # shapes, folder, voc2012, pet or imagenet_s; empty: what the run was trained on
 data_dir = ""  # where its files are; empty: where the run found them
 out_dir = ""  # where segmentation.png and seg_transfer.json go; empty: next to the checkpoint
@@ -81,14 +86,14 @@ class Finetuned(nn.Module):
 
 def patch_tokens(backbone, images):
     """Images uint8 [b 3 s s] -> normalised patch tokens of the last block [b d y x]."""
-    x = backbone.layers(normalise(from_bytes(images)))[-1][:, 1:]
+    x = backbone.layers(normalise(from_bytes(images)))[-1][:, backbone.num_prefix_tokens :]
     return rearrange(x, "b (y x) d -> b d y x", y=images.shape[-1] // backbone.patch_size)
 
 
 @torch.no_grad()
 def cached_tokens(backbone, images, device, autocast, what):
     """patch_tokens of all images, in pieces, float32 on the CPU; of several processes each does its part."""
-    images, chunks = my_part(images), []
+    images, chunks = shard(images), []
     for chunk in tqdm(images.split(250), f"features of {what}", unit_scale=250, unit=" images", disable=len(images) < 1000):
         with autocast:
             chunks.append(patch_tokens(backbone, chunk.to(device)).float().cpu())
@@ -102,7 +107,7 @@ def train(make, inputs, masks, lr, device, autocast, progress):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
     size = min(batch_size, len(inputs))
     for step in range(max_steps):
-        optimizer.param_groups[0]["lr"] = cosine(lr, 0.0, step, max_steps)
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / max_steps)) / 2
         some = batch_indices(len(inputs), size, seed, step)
         with autocast:
             scores = model(inputs[some].to(device))
@@ -170,37 +175,10 @@ def select_and_measure(make, rates, inputs, tests, masks, truth, classes, device
     return {"selected": best, "grid": grid} | score(prediction, truth, classes), prediction
 
 
-def segmentation_picture(images, columns, classes):
-    """segmentation.png: images uint8 [n 3 s s], columns {title: masks int16 [n s s]}; colours of classes, white: not counted."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    palette = torch.tensor(colormaps["tab20"].colors)[[*range(0, 20, 2), *range(1, 20, 2)]]  # the bright ones first
-    colours = palette[torch.arange(len(classes) + 1) % 20].float()
-    colours[0], colours[-1] = 0.15, 1.0
-    figure = Figure(figsize=(1.6 * (1 + len(columns)), 1.6 * len(images) + 0.7), layout="constrained")
-    grid = figure.subplots(len(images), 1 + len(columns), squeeze=False)
-    for i, image in enumerate(images):
-        pixels = rearrange(image, "c h w -> h w c").numpy() / 255
-        grid[i, 0].imshow(pixels)
-        for axis, masks in zip(grid[i, 1:], columns.values(), strict=True):
-            axis.imshow(0.25 * pixels + 0.75 * colours[masks[i].long()].numpy(), interpolation="nearest")
-    for axis, title in zip(grid[0], ["image", *columns], strict=True):
-        axis.set_title(title, fontsize=9)
-    for axis in grid.flat:
-        axis.axis("off")
-    present = sorted({c for masks in columns.values() for c in masks[: len(images)].unique().tolist()})[:12]
-    names = {c: classes[c] if c >= 0 else "not counted" for c in present}
-    patches = [Patch(facecolor=colours[c].tolist(), edgecolor="black", label=name) for c, name in names.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8)
-    return png(figure)
-
-
 if __name__ == "__main__":
     config = configure_evaluation(globals())
     device, autocast = setup(device, dtype, seed)
-    backbone, about = load_backbone(config, device)
+    backbone, about = load_backbone(config, device, ViT)
     dataset, data_dir = trained_on(config, about)
     if not has_masks(dataset, data_dir):
         raise UserError(f"--dataset={dataset} in {data_dir} has no masks: give --dataset=shapes, folder, voc2012, pet or imagenet_s")
@@ -216,7 +194,7 @@ if __name__ == "__main__":
 
     results, predictions, sources = {}, {}, {"this checkpoint": backbone}
     if ckpt != "random":
-        sources["random weights"], _ = random_like(backbone, config, image_size, device)
+        sources["random weights"] = random_like(backbone, device)
     head, tasks = partial(Head, backbone.dim, classes, image_size), {}
     for name, network in sources.items():
         if finetune:
@@ -238,7 +216,7 @@ if __name__ == "__main__":
     attention = {"best_head": best_head, "mean_map": mean_map}
 
     few = classes <= 6
-    print(f"\n{ckpt} ({weights}) on {dataset}, {image_size} pixels: {len(learn.images)} training, {len(test.images)} test images\n")
+    print(f"\n{ckpt} ({about.get("network", "random")}) on {dataset}, {image_size} pixels: {len(learn.images)} training, {len(test.images)} test images\n")
     columns = ["lr", "mIoU", "pixel accuracy", *learn.classes * few]
     print(f"| {'fine-tuned' if finetune else 'linear head'} | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
     for name, r in results.items():
@@ -248,7 +226,7 @@ if __name__ == "__main__":
     print(f"\n60 % of the attention against the objects, Jaccard: {100 * best_head:.1f} best head, {100 * mean_map:.1f} mean map")
 
     report = config | {"dataset": dataset, "data_dir": str(data_dir), "image_size": image_size, "checkpoint": about, "results": results}
-    report |= {"classes": learn.classes, "jaccard_60": attention, "git_commit": git_commit(), "torch": torch.__version__}
+    report |= {"classes": learn.classes, "jaccard_60": attention, "torch": torch.__version__, **git_state()}
     folder = output_folder(config, ckpt, dataset)
     rows = torch.from_numpy(np.random.default_rng((seed, 8)).permutation(len(test.images))[:8])
     mask = F.interpolate(kept[rows].float(), size=(image_size, image_size), mode="nearest")[:, 0].short()

@@ -1,8 +1,9 @@
-"""Vision Transformer, written by hand with einops; parameter names and shapes are timm's.
+"""Vision Transformer, written by hand with einops; needs torch and einops alone, so copy it anywhere. timm's parameter names.
 
-An image is cut into patches of p x p pixels, each a token; a [CLS] token joins them; `depth` pre-norm blocks of attention
-and MLP follow (Dosovitskiy et al., 2010.11929). As in DINO (Caron et al., 2104.14294): LayerNorm eps 1e-6, qkv bias,
-trunc-normal .02, positions interpolated (bicubic) for crops of other sizes, drop path rising linearly with depth.
+An image is cut into patches of p x p pixels, each a token; a [CLS] token and registers, if any, stand before them; `depth`
+pre-norm blocks of attention and MLP follow (Dosovitskiy et al., 2010.11929). As in DINO (Caron et al., 2104.14294): LayerNorm
+eps 1e-6, qkv bias, trunc-normal .02, positions interpolated (bicubic) for crops of other sizes, drop path rising linearly with
+depth. Registers are those of 2309.16588, LayerScale is that of DINOv2.
 
 Letters in shapes:  b images  n tokens  d width  h heads  c width of a head  y x patch grid  p q sides of a patch
 """
@@ -12,7 +13,15 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from common import UserError, batch_rand, check_size
+FEW_TOKENS = {torch.bfloat16: 300}  # up to here two matrix products are faster on a CPU than its fused kernel; else 32
+
+
+def check_size(size, patch_size):
+    """Raises ValueError, naming the nearest sizes that work, unless patch_size divides size."""
+    if size % patch_size or size < patch_size:
+        lower = size // patch_size * patch_size
+        near = " or ".join(str(s) for s in (lower, lower + patch_size) if s)
+        raise ValueError(f"an image size of {size} is not a multiple of patch_size={patch_size}: try {near}")
 
 
 class Attention(nn.Module):
@@ -22,19 +31,34 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, x):
-        """x [b n d] -> queries, keys, values, each [b h n c]."""
-        return rearrange(self.qkv(x), "b n (qkv h c) -> qkv b h n c", qkv=3, h=self.heads).unbind(0)
+    def project(self, x, queries=None):
+        """x [b n d] -> queries (of the first `queries` tokens alone, if given), keys, values, each [b h n c]."""
+        if queries is None:
+            q, k, v = rearrange(self.qkv(x), "b n (qkv h c) -> qkv b h n c", qkv=3, h=self.heads)
+            return q, k, v
+        dim = x.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = rearrange(F.linear(x[:, :queries], weight[:dim], bias[:dim]), "b n (h c) -> b h n c", h=self.heads)
+        k, v = rearrange(F.linear(x, weight[dim:], bias[dim:]), "b n (kv h c) -> kv b h n c", kv=2, h=self.heads)
+        return q, k, v
 
     def weights(self, x):
         """x [b n d] -> the attention itself [b h n n], rows sum to 1: softmax(q k^T / sqrt(c))."""
         q, k, _ = self.project(x)
-        return (torch.einsum("b h i c, b h j c -> b h i j", q, k) / q.shape[-1] ** 0.5).softmax(-1)
+        return attention_weights(q, k)
 
-    def forward(self, x, explicit=False):
-        q, k, v = self.project(x)
-        out = torch.einsum("b h i j, b h j c -> b h i c", self.weights(x), v) if explicit else F.scaled_dot_product_attention(q, k, v)
+    def forward(self, x, queries=None):
+        q, k, v = self.project(x, queries)
+        if x.device.type == "cpu" and x.shape[1] <= FEW_TOKENS.get(q.dtype, 32):
+            out = attention_weights(q, k).to(v.dtype) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(rearrange(out, "b h n c -> b n (h c)"))
+
+
+def attention_weights(q, k):
+    """softmax(q k^T / sqrt(c)): q [b h i c], k [b h j c] -> [b h i j]."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)
 
 
 class Mlp(nn.Module):
@@ -47,36 +71,45 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class DropPath(nn.Module):
-    """Leaves a residual branch out for a whole image with probability `rate` (Huang et al., 1603.09382)."""
-
-    def __init__(self, rate):
+class LayerScale(nn.Module):
+    def __init__(self, dim):
         super().__init__()
-        self.rate = rate
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
 
     def forward(self, x):
-        if not self.training or self.rate == 0:
-            return x
-        keep = batch_rand(len(x), x.device)[:, None, None] >= self.rate
-        return x * keep / (1 - self.rate)
+        return x * self.gamma
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, drop_path):
+    def __init__(self, dim, heads, drop_path=0.0, layer_scale=False):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
-        self.drop_path = DropPath(drop_path)
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.drop_path = drop_path
 
-    def forward(self, x, explicit=False):
-        x = x + self.drop_path(self.attn(self.norm1(x), explicit))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x, noise=None, queries=None):
+        """x [b n d] -> [b n d], or [b queries d] of the first `queries` tokens alone, which need not wait for the others.
+
+        noise: uniform random numbers [2 b] for drop path, which leaves a residual branch out for a whole image with probability
+        `drop_path` (Huang et al., 1603.09382); None: nothing is left out.
+        """
+        y = self.ls1(self.attn(self.norm1(x), queries))
+        x = x if queries is None else x[:, :queries]
+        x = x + (y if noise is None else y * self.keep(noise[0]))
+        y = self.ls2(self.mlp(self.norm2(x)))
+        return x + (y if noise is None else y * self.keep(noise[1]))
+
+    def keep(self, noise):
+        """Uniform random numbers [b] -> the factor of a residual branch [b 1 1]: 0, or 1 / (1 - drop_path)."""
+        return rearrange((noise >= self.drop_path) / (1 - self.drop_path), "b -> b 1 1")
 
 
 class PatchEmbed(nn.Module):
-    """Images [b 3 H W] -> tokens [b n d]. A convolution by name and shape, as in timm, but patches do not overlap: it is one product."""
+    """Images [b 3 H W] -> tokens [b n d]. timm's convolution by name and shape, computed as one product of all patches."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
@@ -90,60 +123,91 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """ViT-Ti/4 for 32-pixel images by default: 192 wide, 12 deep, 3 heads, 5.4 M parameters.
 
-    Raises UserError when `patch_size` does not divide an image's side, or `heads` does not divide `dim`.
+    `num_prefix_tokens` (timm's name) stand before the patches: [CLS], then registers. `args` holds the arguments, so that
+    type(vit)(**vit.args) builds the same network. Raises ValueError when `patch_size` does not divide an image's side, or
+    `heads` does not divide `dim`.
     """
 
-    def __init__(self, image_size=32, patch_size=4, dim=192, depth=12, heads=3, drop_path=0.0):
+    def __init__(self, image_size=32, patch_size=4, dim=192, depth=12, heads=3, drop_path=0.0, registers=0, layer_scale=False):
         super().__init__()
+        self.args = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads}
+        self.args.update(drop_path=drop_path, registers=registers, layer_scale=layer_scale)
         if dim % heads:
-            raise UserError(f"dim={dim} cannot be split into heads={heads} equal parts")
+            raise ValueError(f"dim={dim} cannot be split into heads={heads} equal parts")
         check_size(image_size, patch_size)
-        self.patch_size, self.dim = patch_size, dim
+        self.patch_size, self.dim, self.drop_path, self.num_prefix_tokens = patch_size, dim, drop_path, 1 + registers
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + (image_size // patch_size) ** 2, dim))
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, heads, rate, layer_scale) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for tokens in (self.cls_token, self.pos_embed, self.reg_token):
+            if tokens is not None:
+                nn.init.trunc_normal_(tokens, std=0.02)
+
+    def timm_args(self):
+        """What timm's VisionTransformer(**timm_args) needs to build the same network."""
+        args = {"img_size": self.args["image_size"], "patch_size": self.patch_size, "embed_dim": self.dim, "num_classes": 0}
+        args.update(depth=len(self.blocks), num_heads=self.args["heads"])
+        if self.args["registers"]:
+            args.update(reg_tokens=self.args["registers"])
+        if self.args["layer_scale"]:
+            args.update(init_values=1e-5)
+        return args
 
     def positions(self, y, x):
-        """Position embeddings for a grid of y x x patches, [1 1+y*x d]."""
-        side = int((self.pos_embed.shape[1] - 1) ** 0.5)
+        """Position embeddings of [CLS], registers and a grid of y x x patches: [1 n d]."""
+        prefix, grid = self.pos_embed.split([self.num_prefix_tokens, self.pos_embed.shape[1] - self.num_prefix_tokens], 1)
+        side = int(grid.shape[1] ** 0.5)
         if (y, x) == (side, side):
             return self.pos_embed
-        grid = rearrange(self.pos_embed[:, 1:], "1 (y x) d -> 1 d y x", y=side)
-        grid = F.interpolate(grid, size=(y, x), mode="bicubic", align_corners=False)
-        return torch.cat([self.pos_embed[:, :1], rearrange(grid, "1 d y x -> 1 (y x) d")], dim=1)
+        grid = rearrange(grid, "1 (y x) d -> 1 d y x", y=side)
+        scale = ((y + 0.1) / side, (x + 0.1) / side)  # as in official DINO
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
+        return torch.cat([prefix, rearrange(grid, "1 d y x -> 1 (y x) d")], dim=1)
 
     def tokens(self, images):
-        """Images [b 3 H W] -> the first block's input [b 1+n d], [CLS] first."""
+        """Images [b 3 H W] -> the first block's input [b n d]: [CLS], registers, patches."""
         for side in images.shape[-2:]:
             check_size(side, self.patch_size)
-        cls = repeat(self.cls_token, "1 1 d -> b 1 d", b=len(images))
         y, x = (side // self.patch_size for side in images.shape[-2:])
-        return torch.cat([cls, self.patch_embed(images)], dim=1) + self.positions(y, x)
+        prefix = self.cls_token if self.reg_token is None else torch.cat([self.cls_token, self.reg_token], dim=1)
+        prefix = repeat(prefix, "1 n d -> b n d", b=len(images))
+        return torch.cat([prefix, self.patch_embed(images)], dim=1) + self.positions(y, x)
 
-    def layers(self, images, last=1, explicit=False):
-        """Normalised outputs [b 1+n d] of the last `last` blocks, in order."""
-        x, kept = self.tokens(images), []
-        for i, block in enumerate(self.blocks):
-            x = block(x, explicit)
-            if i >= len(self.blocks) - last:
-                kept.append(self.norm(x))
-        return kept
+    def forward(self, images, noise=None):
+        """Images [b 3 H W] -> [CLS] features of the last block [b d].
 
-    def forward(self, images):
-        """Images [b 3 H W] -> [CLS] features of the last block [b d]."""
-        return self.layers(images)[-1][:, 0]
+        noise: uniform random numbers [2*depth b] for drop path in training; None: the network draws them itself.
+        """
+        x = self.tokens(images)
+        if self.training and self.drop_path:
+            noise = torch.rand(2 * len(self.blocks), len(images), device=images.device) if noise is None else noise
+            pairs = list(rearrange(noise, "(depth two) b -> depth two b", two=2))
+        else:
+            pairs = [None] * len(self.blocks)
+        for block, pair in zip(self.blocks[:-1], pairs[:-1], strict=True):
+            x = block(x, pair)
+        x = self.blocks[-1](x, pairs[-1], queries=1)  # of the last block only [CLS] is used
+        return self.norm(x)[:, 0]
+
+    def layers(self, images, last=1):
+        """Normalised outputs [b n d] of the last `last` blocks, in order; nothing is dropped."""
+        x, outputs = self.tokens(images), []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        return [self.norm(x) for x in outputs[-last:]]
 
     def attention(self, images, block=-1):
-        """Attention of one block [b h 1+n 1+n]; `[:, :, 0, 1:]` is where [CLS] looks."""
+        """Attention of one block [b h n n]; `[:, :, 0, num_prefix_tokens:]` is where [CLS] looks."""
         x = self.tokens(images)
         block = range(len(self.blocks))[block]
-        for before in self.blocks[:block]:
-            x = before(x)
+        for earlier in self.blocks[:block]:
+            x = earlier(x)
         return self.blocks[block].attn.weights(self.blocks[block].norm1(x))
 
 

@@ -17,9 +17,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
-import data  # noqa: E402
 import monitor  # noqa: E402
 import run as run_module  # noqa: E402
+
+import data  # noqa: E402
 
 data.shapes = functools.cache(data.shapes)  # made once for all tests
 

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from common import UserError
 from PIL import Image
 
 import attn_viz
 from attn_viz import attend, describe, divergence, divergences, jaccard, keep_mass, permutation_test, read_groups, sentence
-from common import UserError
 from test_run import refused
 from vit import ViT
 

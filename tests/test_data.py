@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 
+import decoding
 import numpy as np
 import pytest
 import torch
+from common import UserError
 from PIL import Image
 
-import decoding
-from common import UserError
 from conftest import ROOT
 from data import Batches, batch_indices, decode, load
 from test_run import refused

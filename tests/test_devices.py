@@ -13,20 +13,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
+import monitor
 import pytest
+import run as run_module
 import torch
 import torch.distributed as dist
+from run import load_checkpoint
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-import common
 import data
-import monitor
-import run as run_module
 import vit
 from conftest import ROOT, SCRIPTS, tiny
 from data import Crop, multi_crop
-from run import load_checkpoint
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here; with one: pytest -m gpu")]
 gpu = [pytest.param("cuda", marks=NEEDS_GPU)]

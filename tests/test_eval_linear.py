@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from monitor import features
 
 import eval_linear
 from data import batch_indices, load
 from eval_linear import SETTINGS, accuracy, balanced, evaluate, train_probes
-from monitor import features
 from test_run import refused
 from vit import ViT
 

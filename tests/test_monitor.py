@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-
 from common import cosine
+from monitor import collapse, correlation_meters, evaluate, features, knn
+
 from conftest import SCRIPTS
 from data import Split, load, training_split
-from monitor import collapse, correlation_meters, evaluate, features, knn
 from vit import ViT
 
 

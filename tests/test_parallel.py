@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 
+import common
 import pytest
 import torch
-
-import common
-from conftest import ROOT, SCRIPTS, tiny
 from run import load_checkpoint
+
+from conftest import ROOT, SCRIPTS, tiny
 
 # AdamW (eps 1e-8) makes steps of rounding, too: of a gradient of 1e-13 one of 1e-5 learning rates, with this one 1e-11. Where there
 # is a gradient a step is 1e-6, whatever its size, so that a wrong one shows.

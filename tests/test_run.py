@@ -8,18 +8,18 @@ import sys
 import time
 from pathlib import Path
 
+import common
+import decoding
 import numpy as np
 import pytest
 import torch
+from common import UserError
 from PIL import Image
+from run import load_checkpoint
 from safetensors.torch import load_file
 
-import common
 import data
-import decoding
-from common import UserError
 from conftest import ROOT, SCRIPTS, tiny
-from run import load_checkpoint
 from vit import ViT
 
 

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from common import UserError
+from masks import load_masks
 from PIL import Image
 
 import seg_transfer
-from common import UserError
-from masks import load_masks
 from seg_transfer import Head, best_of_grid, score, segmentation_picture
 from test_run import refused
 

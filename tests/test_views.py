@@ -2,13 +2,13 @@
 
 import time
 
+import common
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as tv
 
-import common
 import data
 from data import Crop, batch_indices, load, multi_crop
 

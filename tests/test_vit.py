@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from common import UserError
+
 from vit import ViT
 
 

@@ -1,14 +1,12 @@
-"""How a run is watched: features and their k-NN accuracy, collapse meters, pictures."""
+"""How a run is watched: features and their k-NN accuracy, collapse meters."""
 
-import io
 import math
 
-import einops
 import torch
 import torch.nn.functional as F
 
-from common import float32, gather, global_mean, my_part
-from data import MEAN, STD, from_bytes, normalise
+from twins.datasets import from_bytes, normalise
+from twins.processes import gather, global_mean, shard, to_float32
 
 
 @torch.no_grad()
@@ -16,10 +14,10 @@ def features(backbone, images, rows, device, autocast, batch_size=500):
     """[CLS] features float32 [m d] of some rows int64 [m] of uint8 images [n 3 s s]."""
     was, out = backbone.training, []
     backbone.eval()
-    for some in my_part(rows).split(batch_size):
+    for some in shard(rows).split(batch_size):
         with autocast:
             z = backbone(normalise(from_bytes(images[some].to(device))))
-        out.append(float32(z))
+        out.append(to_float32(z))
     backbone.train(was)
     return gather(torch.cat(out))
 
@@ -88,44 +86,3 @@ def correlation_meters(z1, z2):
     z1, z2 = (z / (global_mean(z.square().mean(0)) + 1e-5).sqrt() for z in (z1, z2))
     c, d = global_mean(z1.T @ z2 / len(z1)), z1.shape[1]
     return {"c_diag": c.diagonal().mean(), "c_off": (c.abs().sum() - c.diagonal().abs().sum()) / max(d * d - d, 1)}
-
-
-def curves_picture(rows):
-    """curves.png: every column of the log against the step, what belongs together in one panel. Returns the file's bytes."""
-    from matplotlib.figure import Figure  # here, for the import takes a second
-
-    panels = {"loss": ["loss", "ce", "cc"], "k-NN accuracy": ["knn", "knn_init"], "teacher entropy, KL": ["teacher_entropy", "kl"]}
-    panels |= {"feature std, C": ["feature_std", "c_diag", "c_off"], "RankMe": ["rank"], "learning rate": ["lr"]}
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    for axis, (title, keys) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
-        for key in keys:
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 30 else None)
-        axis.set(title=title, xlabel="step")
-        if axis.lines:
-            axis.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return buffer.getvalue()
-
-
-def crops_picture(images, views, names):
-    """crops.png: images uint8 [b 3 s s] and their views, a list of [b 3 v v], a column each. Returns the file's bytes."""
-    from PIL import Image, ImageDraw  # not matplotlib: a run starts half a second sooner
-
-    columns = [from_bytes(images.cpu())]
-    columns += [v.cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None] for v in views]
-    zoom = max(128 // images.shape[-1], 1)
-    cell = zoom * images.shape[-1] + 8
-    sheet = Image.new("RGB", (cell * len(columns), cell * len(images) + 20), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (column, name) in enumerate(zip(columns, ["image", *names], strict=True)):
-        pen.text((i * cell + 4, 4), name, "black")
-        for j, pixels in enumerate((column.clamp(0, 1) * 255).byte()):
-            tile = Image.fromarray(einops.rearrange(pixels, "c h w -> h w c").numpy())
-            tile = tile.resize((zoom * tile.width, zoom * tile.height), Image.Resampling.NEAREST)
-            sheet.paste(tile, (i * cell + 4, j * cell + 20))
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="png")
-    return buffer.getvalue()

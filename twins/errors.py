@@ -1,0 +1,31 @@
+"""What is a user's mistake, told in one sentence, and what is a bug, told by a traceback."""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class UserError(ValueError):
+    """A mistake that one sentence explains: a configured script prints the sentence and exits with code 1."""
+
+
+def first_line(error):
+    """The first line of an exception's message, or its type's name if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def close_bars():
+    """Closes all progress bars: left open, they would print after the last sentence."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
+def is_sentence(error, trace):
+    """True for a UserError, and for a ValueError raised by a file beside the scripts, such as vit.py or a fork of it."""
+    if isinstance(error, UserError):
+        return True
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return type(error) is ValueError and trace and Path(trace.tb_frame.f_code.co_filename).resolve().parent == ROOT

@@ -1,0 +1,97 @@
+"""Files that are written completely or not at all, folders locked by one process, checkpoints read without running code."""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import zipfile
+from pathlib import Path
+
+import torch
+
+from twins.errors import ROOT, UserError, first_line
+
+
+def write_file(path, content, previous=None):
+    """Writes bytes or str atomically; the file that was there is kept as `previous`. Raises UserError if the disk refuses."""
+    partial = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # it would fill the disk
+        raise UserError(f"{path} cannot be written ({error.strerror}); earlier files are unchanged") from None
+
+
+def read_json(path):
+    """A JSON file that holds an object, as a dict. Raises UserError for anything else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        problem = "it holds no JSON object"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = first_line(error)
+    raise UserError(f"{path} cannot be read ({problem})")
+
+
+def git_state():
+    """{git_commit, git_edited}: the commit of this checkout ('' without git) and whether tracked files differ from it."""
+    try:
+        commit, status = (
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except OSError:  # git is not installed
+        commit, status = "", ""
+    return {"git_commit": commit, "git_edited": bool(status)}
+
+
+def load_pickle(path, device="cpu"):
+    """A dict written by torch.save; checksums are verified and no code is run. Raises UserError for anything else."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
+                broken = archive.testzip()
+            if broken:
+                raise UserError(f"{path} is damaged (bad checksum in {broken})")
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official DINO checkpoints hold their arguments
+            saved = torch.load(path, map_location=device, weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # torch and zipfile raise many kinds
+        raise UserError(f"{path} is not a complete checkpoint ({first_line(error)})") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(saved).__name__}")
+    return saved
+
+
+def load_checkpoint(folder, device="cpu"):
+    """A run's newest sound checkpoint: (its dict, its path, what is wrong with the newer one or '').
+
+    Raises UserError if neither ckpt.pt nor ckpt-previous.pt is sound.
+    """
+    newest, previous = Path(folder) / "ckpt.pt", Path(folder) / "ckpt-previous.pt"
+    try:
+        return read_checkpoint(newest, device), newest, ""
+    except UserError as error:
+        if not previous.exists():
+            raise
+        return read_checkpoint(previous, device), previous, str(error)
+
+
+def read_checkpoint(path, device="cpu"):
+    """A training script's checkpoint as a dict. Raises UserError for anything else."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    saved = load_pickle(path, device)
+    if not {"script", "step", "config", "backbone"} <= saved.keys() or not isinstance(saved["config"], dict):
+        raise UserError(f"{path} is not a checkpoint of a training script")
+    return saved

@@ -1,0 +1,203 @@
+"""Options: the lower-case names at the top of a script, read from its source, changed by --name=value.
+
+    depth = 12  # blocks [1..]                            the default gives the type, the comment the meaning,
+    head = "shared"  # one Z for both losses [shared|two]     brackets at its end the limits or the choices
+"""
+
+import argparse
+import ast
+import difflib
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from twins.errors import UserError
+from twins.files import load_checkpoint
+from twins.processes import excepthook, only_rank_0_prints, under_torchrun
+
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "numbers like 0.4,1.0"}
+
+
+class Option(NamedTuple):
+    default: bool | int | float | str | tuple
+    meaning: str
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple = ()
+
+
+def read_options(path):
+    """{name: Option} of a script: its top-level assignments of a constant to a lower-case name."""
+    source, options = Path(path).read_text(encoding="utf-8"), {}
+    for node in ast.parse(source).body:
+        name = node.targets[0].id if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else ""
+        if name[:1] == "_" or not name.islower():
+            continue
+        try:
+            default = ast.literal_eval(node.value)
+        except ValueError:  # it is computed
+            continue
+        if type(default) in KINDS:
+            line = source.splitlines()[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+            options[name] = read_comment(default, line.partition("#")[2].strip())
+    return options
+
+
+def read_comment(default, comment):
+    """An Option from its default and the comment behind it, which may end with [low..high] or [this|that]."""
+    limits = re.search(r"\s*\[([^\[\]]*)\]$", comment)
+    if not limits:
+        return Option(default, comment)
+    meaning = comment[: limits.start()]
+    if isinstance(default, str):
+        return Option(default, meaning, choices=(default, *limits[1].split("|")))
+    low, _, high = limits[1].partition("..")
+    return Option(default, meaning, float(low or -math.inf), float(high or math.inf))
+
+
+def convert(name, option, value):
+    """A value from the command line or a file in the type of its option. Raises UserError if type, limits or choices forbid it."""
+    kind = type(option.default)
+    try:
+        converted = from_text(value, kind) if isinstance(value, str) else from_json(value, kind)
+    except ValueError:
+        raise UserError(f"--{name}={value}: it must be {KINDS[kind]}") from None
+    if option.choices and converted not in option.choices:
+        choices = dict.fromkeys(choice for choice in option.choices if choice)
+        raise UserError(f"--{name}={value} is unknown: choose {' or '.join(choices)}")
+    if kind in (int, float, tuple):
+        numbers = converted if kind is tuple else (converted,)
+        if not all(option.low <= number <= option.high and math.isfinite(number) for number in numbers):
+            raise UserError(f"--{name}={value}: it must be from {option.low:g} to {option.high:g}")
+        if len(numbers) != (len(option.default) if kind is tuple else 1) or list(numbers) != sorted(numbers):
+            raise UserError(f"--{name}={value}: it must be {len(option.default)} numbers in ascending order")
+    return converted
+
+
+def from_text(text, kind):
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
+    if kind is tuple:
+        return tuple(float(part) for part in text.strip("()[] ").split(","))
+    return kind(text)
+
+
+def from_json(value, kind):
+    if kind is tuple and isinstance(value, list | tuple):
+        return tuple(from_json(part, float) for part in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(script, argv=None, presets=()):
+    """The options of a script (its globals) in three dicts: all Options, the preset's changes, those given as text and converted.
+
+    `presets` names the options whose values choose from PRESETS, the later over the earlier. From a command line (argv is None)
+    it also installs the one-sentence excepthook. Exits with 2 for an unknown option, naming the nearest.
+    """
+    if argv is None:
+        sys.excepthook = excepthook
+        only_rank_0_prints()
+    options = read_options(script["__file__"])
+    parser = Parser(description=script["__doc__"], allow_abbrev=False, add_help=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for name in options:
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
+    parser.add_argument("--help", "-h", action="store_true", default=argparse.SUPPRESS)
+    given, unknown = parser.parse_known_args(argv)
+    given = vars(given)
+    wants_help = given.pop("help", False)
+    for word in unknown:
+        parser.error(f"unknown option {word}: {suggest(word, options)}")
+    given = {name: convert(name, options[name], value) for name, value in given.items()}
+    preset = {}
+    for name in presets:
+        preset.update(script.get("PRESETS", {}).get(given.get(name, options[name].default), {}))
+    if wants_help:
+        in_force = {name: preset.get(name, option.default) for name, option in options.items()}
+        print_help(parser, options, in_force)
+    return options, preset, given
+
+
+def suggest(word, options):
+    name = word.lstrip("-").split("=")[0]
+    near = [option for option in options if name and name in option.split("_")]
+    near += difflib.get_close_matches(name, options, 1)
+    return f"did you mean --{near[0]}?" if near else "--help lists the options"
+
+
+def print_help(parser, options, in_force):
+    print(f"{parser.description}\n\noptions, with their defaults:\n")
+    for name, option in options.items():
+        choices = " or ".join(dict.fromkeys(choice for choice in option.choices if choice))
+        limits = f" from {option.low:g}" * (option.low > -math.inf) + f" to {option.high:g}" * (option.high < math.inf)
+        print(f"  {f'--{name}={in_force[name]}':<32} {option.meaning}{f' ({choices})' * bool(choices)}{limits}")
+    sys.exit(0)
+
+
+def configure(script, argv=None):
+    """Sets a training script's options: its globals, from `argv` or the command line. Returns {name: value} of all of them.
+
+    An option that is not given has the value of the run that is resumed, else of PRESETS[preset], PRESETS[dataset], its default.
+    Raises UserError for impossible values and for an out_dir that holds a run, unless it is resumed.
+    """
+    options, preset, given = parse(script, argv, presets=[n for n in ("dataset", "preset") if n in script])
+    name = Path(script["__file__"]).stem
+    config = {key: option.default for key, option in options.items()}
+    config.update(preset)
+    out_dir = Path(given.get("out_dir") or f"out/{name}-{given.get('dataset', config['dataset'])}").expanduser()
+    if given.get("resume"):
+        config.update(saved_options(out_dir, name, options))
+        tell_changes(out_dir, config, given)
+    elif holds_run(out_dir):
+        raise UserError(f"{out_dir} already holds a run: continue it with --resume=True, or give another --out_dir")
+    elif preset:
+        changed = " ".join(f"--{key}={value}" for key, value in preset.items() if key not in given)
+        print(f"defaults for this preset: {changed}", flush=True)
+    config.update(given)
+    config["out_dir"] = str(out_dir)
+    config["data_dir"] = str(Path(config["data_dir"]).expanduser().absolute())  # resuming works from any folder
+    config = {key: convert(key, options[key], value) for key, value in config.items()}
+    processes = int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
+    if config["batch_size"] % processes:
+        raise UserError(f"--batch_size={config['batch_size']} is the total of {processes} processes, which must divide it")
+    script.update(config)
+    return config
+
+
+def holds_run(out_dir):
+    return any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt-previous.pt", "export"))
+
+
+def saved_options(out_dir, script_name, options):
+    """The options of the run to resume, as its checkpoint holds them."""
+    if not holds_run(out_dir):
+        raise UserError(f"{out_dir} holds no run to resume (no ckpt.pt): leave --resume out, or give the run's --out_dir")
+    saved, _, _ = load_checkpoint(out_dir)
+    if saved["script"] != script_name:
+        raise UserError(f"{out_dir} holds a run of {saved['script']}.py, not of {script_name}.py: give another --out_dir")
+    return {key: convert(key, options[key], value) for key, value in saved["config"].items() if key in options}
+
+
+def tell_changes(out_dir, config, given):
+    changed = [key for key, value in given.items() if key not in ("resume", "out_dir", "data_dir") and value != config[key]]
+    for key in changed:
+        if key in ("dataset", "seed"):
+            raise UserError(f"{out_dir} is a run with --{key}={config[key]}: leave --{key} out, or use another --out_dir")
+    if changed:
+        text = " ".join(f"--{key}={given[key]} (was {config[key]})" for key in changed)
+        print(f"changed on resuming: {text}", flush=True)

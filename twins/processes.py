@@ -1,0 +1,206 @@
+"""Device and precision of a run, and the processes of torchrun: N processes compute what one would."""
+
+import atexit
+import ctypes
+import functools
+import os
+import re
+import signal
+import sys
+import time
+
+import einops
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from twins.errors import UserError, close_bars, first_line, is_sentence
+
+
+def under_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def only_rank_0_prints():
+    """Silences standard output and progress bars of all other processes that torchrun started."""
+    if under_torchrun() and os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+def setup(device, dtype, seed):
+    """Seeds torch, joins the processes of torchrun. Returns the torch.device and the autocast context of a run.
+
+    Raises UserError for a device or precision that this machine does not have.
+    """
+    torch.manual_seed(seed)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and under_torchrun():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.zeros((), device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device={device} does not work here ({first_line(error)}): try --device=cpu") from None
+    if dtype == "auto":
+        dtype = "bfloat16" if computes_bfloat16(device) else "float32"
+    torch.set_default_dtype(torch.float64 if dtype == "float64" else torch.float32)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if under_torchrun() and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(leave_group)
+    if device.type == "cpu" and sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # glibc: keep freed memory, a step takes a fifth less time
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def computes_bfloat16(device):
+    """True where bfloat16 products are computed by the hardware: elsewhere they are emulated, slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch's own; not documented
+        return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    return False
+
+
+def leave_group():
+    """Gloo's threads may still hold tensors; torch 2.10 and 2.11 abort a Python that ends meanwhile."""
+    time.sleep(0.1)
+    dist.destroy_process_group()
+
+
+def seed_step(seed, step):
+    """Makes torch's random numbers of a step a function of (seed, step), so that a resumed run is bit-identical."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, 2, step)).generate_state(1, np.uint64)[0]))
+
+
+class MeanOverProcesses(torch.autograd.Function):
+    """all_reduce has no gradient. Averaging the gradients here as well makes DistributedDataParallel's mean the true one."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+        return x / world()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return MeanOverProcesses.apply(gradient)
+
+
+def global_mean(x):
+    """A mean over this process's shard of the batch -> the mean over the whole batch, with its gradient."""
+    return MeanOverProcesses.apply(x) if world() > 1 else x
+
+
+class BatchNorm1d(torch.nn.BatchNorm1d):
+    """BatchNorm with the statistics of the whole batch over all processes, in training and evaluation. x [n d]."""
+
+    def __init__(self, dim):
+        super().__init__(dim, track_running_stats=False)
+
+    def forward(self, x):
+        if world() == 1:
+            return super().forward(x)
+        z = to_float32(x)
+        z = z - global_mean(z.mean(0))
+        z = z * (global_mean(z.square().mean(0)) + self.eps).rsqrt()
+        return (z * self.weight + self.bias).to(x.dtype)
+
+
+def batch_rand(n, rows, batch_size, device):
+    """Uniform random numbers [n rows] for `rows` "(v b)": v views of this process's batch_size images.
+
+    They are the columns that a single process would draw for these images.
+    """
+    numbers = torch.rand(n, rows * world(), device=device)
+    if world() == 1:
+        return numbers
+    return einops.rearrange(numbers, "n (v w b) -> w n (v b)", w=world(), b=batch_size)[rank()]
+
+
+def shard(x):
+    """This process's rows of x [n ...]; gather() joins the shards again."""
+    return x.tensor_split(world())[rank()]
+
+
+def gather(x):
+    """Shards [n ...] of all processes, which may differ in length -> all rows, in order."""
+    if world() == 1:
+        return x
+    shards = [None] * world()
+    dist.all_gather_object(shards, x.cpu())
+    return torch.cat(shards).to(x.device)
+
+
+def distributed(module):
+    """The module, with gradients that are the mean over all processes."""
+    if world() == 1:
+        return module
+    device = next(module.parameters()).device
+    return DistributedDataParallel(module, [device] if device.type == "cuda" else None)
+
+
+def to_float32(x):
+    """bfloat16 from autocast -> float32; float64 stays float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def to_numbers(row):
+    """Replaces a dict's tensors by numbers, their means over all processes."""
+    names = [name for name, value in row.items() if isinstance(value, torch.Tensor)]
+    if not names:
+        return dict(row)
+    with torch.no_grad():
+        values = global_mean(torch.stack([row[name].detach().double() for name in names]))
+    return {**row, **dict(zip(names, values.tolist(), strict=True))}
+
+
+def excepthook(kind, error, trace):
+    """Stands in for sys.excepthook while a script runs."""
+    close_bars()
+    atexit.unregister(leave_group)  # it could wait for the other processes
+    number = int(os.environ["RANK"]) if under_torchrun() else 0
+    if is_sentence(error, trace):
+        if number:  # if rank 0 prints the same sentence, torchrun ends this process meanwhile
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        print(f"error on rank {number}: {error}" if number else f"error: {error}", file=sys.stderr)
+    elif rank_was_lost(error):
+        print(
+            f"error: rank {number} stops because another process of this run ended or hangs ({first_line(error)}); "
+            "ckpt.pt is unchanged since the last save, continue with --resume=True",
+            file=sys.stderr,
+        )
+    elif issubclass(kind, torch.OutOfMemoryError):
+        print(
+            f"error: {first_line(error)}\nckpt.pt is unchanged since the last save; a smaller --batch_size needs less memory",
+            file=sys.stderr,
+        )
+    elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+        print(f"error: torch.compile fails here ({first_line(error)}): use --compile=False", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("stopped before the first step: nothing to save", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def rank_was_lost(error):
+    """True for what a collective operation raises when another process is gone."""
+    words = "peer|[Cc]onnection|NCCL|[Tt]imed out"
+    return world() > 1 and isinstance(error, RuntimeError) and re.search(words, str(error))

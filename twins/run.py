@@ -1,0 +1,272 @@
+"""A run: its folder with options, log, checkpoints and pictures; its progress bar; how it stops."""
+
+import importlib
+import io
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import einops
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save as to_safetensors
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from twins.decoding import locked
+from twins.errors import UserError, first_line
+from twins.files import git_state, load_checkpoint, write_file
+from twins.monitor import collapse
+from twins.pictures import curves_picture
+from twins.processes import rank, to_numbers, world
+
+LONG = 3600  # seconds of a run on a CPU that are worth a word
+
+
+class Run:
+    """A run's folder: config.json, script.py, log.jsonl, ckpt.pt, curves.png, export/; its progress bar and its end.
+
+    script: the path of the training script. state: a dict of any names, what a checkpoint holds: modules, optimizers, tensors.
+    backbone: the module in one of them that evaluations and export/ use. `start` is the first step to do: 0, or where the resumed
+    run stopped. A signal (Ctrl-C, SIGTERM, SIGHUP) sets `stop`, and the loop ends after its step.
+    """
+
+    def __init__(self, script, config, steps, state, backbone, device):
+        self.script, self.config, self.steps, self.state = Path(script), config, steps, state
+        self.backbone, self.device, self.dir = backbone, device, Path(config["out_dir"])
+        self.backbone_name = name_in(state, backbone)
+        self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.start, self.stop, self.seconds, self.rows, self.parent = 0, 0, 0.0, [], os.getppid()
+        self.said, self.unsaved = set(), ""
+        self.lock = self.take_folder() if rank() == 0 else None
+        if config["resume"]:
+            self.restore()
+        self.logger = start_logger(config) if rank() == 0 else None
+        about = {"script": self.script.stem, "backbone": self.backbone_name, "device_name": self.device_name, **git_state()}
+        about["versions"] = {module.__name__: module.__version__ for module in (torch, np, einops)}
+        about["versions"]["python"] = sys.version.split()[0]
+        self.write("config.json", json.dumps({**config, **about}, indent=1))
+        self.write("script.py", self.script.read_text(encoding="utf-8"))
+        self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.bar = tqdm(total=steps, initial=self.start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
+        self.shown, self.clock, self.clock_step, self.first_step_done = {}, time.time(), self.start, 0.0
+        self.signals = dist.new_group(backend="gloo") if world() > 1 else None  # on the CPU: no step waits for it
+        self.handlers = {}
+        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self.handlers[number] = signal.signal(number, self.on_signal)
+
+    def take_folder(self):
+        """Keeps other runs out of the folder for as long as this process lives."""
+        lock = locked(self.dir, wait=False)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            lock.__enter__()
+        except BlockingIOError:
+            raise UserError(f"another process is writing into {self.dir}: give another --out_dir") from None
+        except OSError as error:
+            raise UserError(f"{self.dir} cannot be written ({error.strerror})") from None
+        return lock
+
+    def on_signal(self, number, frame):
+        self.stop = number
+        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
+
+    def update(self):
+        """Moves the bar; a signal that one process received stops all of them after the same step."""
+        self.bar.update()
+        self.estimate()
+        if world() > 1:
+            if os.getppid() != self.parent:  # torchrun was killed
+                self.stop = signal.SIGTERM
+            stop = torch.tensor(self.stop)
+            dist.all_reduce(stop, dist.ReduceOp.MAX, self.signals)
+            self.stop = stop.item()
+
+    def estimate(self):
+        """On a CPU, says after five steps how long the run will take, if that is more than an hour."""
+        done = self.bar.n - self.start
+        if done == 1:
+            self.first_step_done = time.time()
+        if done == 5 and self.device.type == "cpu" and rank() == 0:
+            seconds = (time.time() - self.first_step_done) / 4 * (self.steps - self.bar.n)
+            if seconds > LONG:
+                quicker = "; --preset=small is quicker" if self.config.get("preset") == "" else ""
+                self.bar.write(f"this run will take about {seconds / 3600:.1f} hours on this CPU{quicker}")
+
+    def write(self, name, content, previous=None):
+        if rank() == 0:
+            write_file(self.dir / name, content, previous and self.dir / previous)
+
+    def row(self, step, **values):
+        """The start of a log row: finite numbers, images/s since the last row, peak memory of a GPU. Raises UserError for a NaN."""
+        row = to_numbers(values)
+        bad = next((name for name, value in row.items() if not math.isfinite(value)), None)
+        if bad:
+            sound = "ckpt.pt holds the last sound step" if (self.dir / "ckpt.pt").exists() else "nothing was saved yet"
+            raise UserError(
+                f"{bad} is {row[bad]} at step {step}; {self.dir}: {sound}. A lower --base_lr or --dtype=float32 may help"
+            )
+        now = time.time()
+        self.seconds += now - self.clock
+        row["images_per_s"] = (step - self.clock_step) * self.config["batch_size"] / (now - self.clock)
+        row["seconds"] = self.seconds
+        if self.device.type == "cuda":
+            row["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self.clock, self.clock_step = now, step
+        return row
+
+    def log(self, step, row):
+        """Adds a row of any scalars to log.jsonl, the logger and the bar; `knn_init` to a row of an evaluation."""
+        row = {"step": step, **to_numbers(row)}
+        if "knn" in row:
+            row["knn_init"] = next((r["knn_init"] for r in self.rows if "knn_init" in r), row["knn"])
+        self.rows.append(row)
+        if rank():
+            return
+        with self.attempt("log.jsonl"), open(self.dir / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        with self.attempt("the logger"):
+            self.logger(row)
+        warning = "" if "collapse" in self.said else collapse(self.rows, self.steps, self.config)
+        if warning:
+            self.said.add("collapse")
+            self.bar.write(f"warning at step {step}: {warning}")
+        self.shown.update({name: f"{row[name]:.3g}" for name in ("loss", "images_per_s", "knn") if name in row})
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.clock, self.clock_step = time.time(), step  # the time of evaluations does not count
+
+    def attempt(self, what):
+        return Attempt(self, what)
+
+    def save(self, step):
+        """ckpt.pt, then export/ and curves.png. Raises UserError rather than save a NaN; a full disk is told and training goes on."""
+        state = {}
+        for name, value in self.state.items():
+            state[name] = value.state_dict() if hasattr(value, "state_dict") else value
+            tensors = [x for x in tree_leaves(state[name]) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            if not all(x.isfinite().all() for x in tensors):
+                raise UserError(f"the {name} is not finite at step {step}: not saved; an earlier {self.dir}/ckpt.pt is sound")
+        if rank():
+            return
+        known = {"name": self.backbone_name, "module": type(self.backbone).__module__, "class": type(self.backbone).__name__}
+        known["args"] = getattr(self.backbone, "args", None)
+        saved = {"script": self.script.stem, "step": step, "seconds": self.seconds, "config": self.config, "backbone": known}
+        buffer = io.BytesIO()
+        torch.save({**saved, **state}, buffer)
+        try:
+            self.write("ckpt.pt", buffer.getvalue(), previous="ckpt-previous.pt")
+            self.export(step)
+            self.unsaved = ""
+        except UserError as error:
+            self.unsaved = str(error)
+            self.bar.write(f"warning at step {step}: {error}")
+        with self.attempt("curves.png"):
+            self.write("curves.png", curves_picture(self.rows))
+        self.clock = time.time()
+
+    def export(self, step):
+        """export/: the backbone alone, as safetensors under timm's names, and how timm builds it."""
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.backbone.state_dict().items()}
+        about = {"script": self.script.stem, "step": step, "backbone": self.backbone_name}
+        about.update({name: self.config[name] for name in ("dataset", "data_dir", "seed")})
+        if hasattr(self.backbone, "timm_args"):
+            about["model_args"] = self.backbone.timm_args()
+        self.write("export/model.safetensors", to_safetensors(tensors))
+        self.write("export/config.json", json.dumps(about, indent=1))
+
+    def restore(self):
+        """Loads the checkpoint into `state`, strictly, and drops the log's later rows."""
+        saved, path, problem = load_checkpoint(self.dir, self.device)
+        try:
+            for name, value in self.state.items():
+                value.copy_(saved[name]) if isinstance(value, torch.Tensor) else value.load_state_dict(saved[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            changed = [k for k, v in saved["config"].items() if self.config.get(k) != v and k != "resume"]
+            raise UserError(f"{path} does not fit; options that differ from its run: {changed} ({first_line(error)})") from None
+        self.start, self.seconds = saved["step"], saved["seconds"]
+        log = self.dir / "log.jsonl"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        for i, line in enumerate(lines):
+            try:
+                row = json.loads(line)
+                self.rows += [row] if row["step"] <= self.start else []
+            except (ValueError, KeyError, TypeError):
+                if i < len(lines) - 1:  # the last may be cut off
+                    raise UserError(f"line {i + 1} of {log} is broken: mend or remove it") from None
+                break
+        if problem:
+            print(f"warning: {problem}; using the checkpoint before it")
+        print(f"resumed {path} at step {self.start}")
+
+    def finish(self):
+        """Closes the bar, prints the results or how to resume; exits if a signal asked for it or the last save failed."""
+        step = self.bar.n
+        self.bar.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.lock:
+            self.lock.__exit__()
+        if self.unsaved:
+            raise UserError(f"the run ended at step {step} but its last save failed: {self.unsaved}")
+        if self.stop and step < self.steps:
+            out_dir = shlex.quote(str(self.dir))
+            print(f"stopped at step {step} and saved; continue with: python {sys.argv[0]} --out_dir={out_dir} --resume=True")
+            sys.exit(128 + self.stop)
+        print(f"\n| {self.script.stem} on {self.config['dataset']} | |\n|---|---|")
+        result = {**self.rows[-1], "minutes of training": self.seconds / 60, "seed": self.config["seed"]}
+        for name, value in result.items():
+            print(f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |")
+        print(f"| device | {self.device_name} |\n\nin {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")
+
+
+class Attempt:
+    """What a run can do without: a failure is told once, and training goes on."""
+
+    def __init__(self, run, what):
+        self.run, self.what = run, what
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, trace):
+        if not isinstance(error, Exception):
+            return False
+        if self.what not in self.run.said:
+            self.run.said.add(self.what)
+            self.run.bar.write(f"warning: {self.what} fails, training goes on ({type(error).__name__}: {first_line(error)})")
+        return True
+
+
+def name_in(state, backbone):
+    """The backbone's name among what a checkpoint holds, such as teacher.backbone. Raises UserError if it is not there."""
+    for name, value in state.items():
+        for inner, module in value.named_modules() if isinstance(value, torch.nn.Module) else ():
+            if module is backbone:
+                return f"{name}.{inner}".rstrip(".")
+    raise UserError("the backbone to evaluate is in none of the modules that the run's checkpoint holds")
+
+
+def start_logger(config):
+    """A function that sends a row of log.jsonl to --logger as well. Raises UserError for one that is not installed."""
+    name, out_dir = config["logger"], config["out_dir"]
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(out_dir)
+            return lambda row: [writer.add_scalar(key, value, row["step"]) for key, value in row.items()]
+        if name:  # wandb, and trackio, which has the same functions
+            library = importlib.import_module(name)
+            os.environ.setdefault("WANDB_DIR", out_dir)
+            library.init(project="dino-twins", name=Path(out_dir).name, config=config)
+            return lambda row: library.log(row, step=row["step"])
+    except ImportError:
+        raise UserError(f"--logger={name} needs a package that is not installed: pip install {name}") from None
+    return lambda row: None
