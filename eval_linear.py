@@ -220,7 +220,7 @@ if __name__ == "__main__":
     again = {"images": train.images, "backbone": backbone, "autocast": autocast} if augment else {}
     results = evaluate(features["training"], labels, features["test"], test_labels, len(train.classes), device, **again)
 
-    print(f"\n{ckpt} ({about.get("network", "random")}) on {dataset}: {len(labels)} training, {len(test_labels)} test images\n")
+    print(f"\n{ckpt} ({about.get('network', 'random')}) on {dataset}: {len(labels)} training, {len(test_labels)} test images\n")
     print("| protocol | selected | held out | top-1 | top-5 |\n|---|---|---:|---:|---:|")
     for name, r in results.items():
         selected = " ".join(f"{k} {v:g}" for k, v in r["selected"].items() if k != "held_out")

@@ -216,7 +216,7 @@ if __name__ == "__main__":
     attention = {"best_head": best_head, "mean_map": mean_map}
 
     few = classes <= 6
-    print(f"\n{ckpt} ({about.get("network", "random")}) on {dataset}, {image_size} pixels: {len(learn.images)} training, {len(test.images)} test images\n")
+    print(f"\n{ckpt} ({about.get('network', 'random')}) on {dataset}, {image_size} pixels: {len(learn.images)} training, {len(test.images)} test images\n")
     columns = ["lr", "mIoU", "pixel accuracy", *learn.classes * few]
     print(f"| {'fine-tuned' if finetune else 'linear head'} | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
     for name, r in results.items():
