@@ -1,11 +1,12 @@
 """Barlow Twins: redundancy reduction (Zbontar et al., 2103.03230), with a ViT.
 
-X1, X2 are random views of an image, Z1, Z2 their projections, z1, z2 those with columns standardised over the batch:
+X1, X2 are random views of an image, Z1, Z2 their projections, z1, z2 those with columns standardised over the
+batch:
 
     C = z1^T z2 / B    L = CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D
 
-Each view goes through the projector alone, as in the official code: its BatchNorm sees one view. The division by D is ours. No
-teacher, no temperatures; AdamW, for LARS collapses with a ViT.
+Each view goes through the projector alone, as in the official code: its BatchNorm sees one view. The division
+by D is ours. No teacher, no temperatures; AdamW, for LARS collapses with a ViT.
 
     python barlow.py --dataset=shapes                        a few minutes on two CPU cores
     python barlow.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 pixels
@@ -22,7 +23,6 @@ from torch import nn
 from data import Batches, Crop, load, multi_crop, training_split
 from twins.keys import configure
 from twins.monitor import correlation_meters, evaluate
-from twins.pictures import crops_picture
 from twins.processes import BatchNorm1d, batch_rand, distributed, global_mean, seed_step, setup, to_float32
 from twins.run import Run
 from vit import ViT, check_size
@@ -36,7 +36,7 @@ memory_gib = 8.0  # images up to this size are held on the device, larger sets a
 resume = False  # continue the run in out_dir
 seed = 0  # of weights, order and views [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
-dtype = "auto"  # precision of the networks; auto: bfloat16 where the hardware computes it [float32|bfloat16|float64]
+dtype = "auto"  # of the networks; auto: bfloat16 where the hardware computes it [float32|bfloat16|float64]
 compile = False  # torch.compile: a minute slower to start, faster afterwards on a GPU
 epochs = 100  # passes over the training images [1..]
 max_steps = 0  # optimizer steps; 0: as many as `epochs` gives [0..]
@@ -84,9 +84,7 @@ PRESETS = {
         "max_steps": 300,
         "base_lr": 2e-3,
         "warmup_epochs": 0.5,
-        "knn_bank": 5000,
         "eval_every": 50,
-        "save_every": 100,
         # --- method
         "n_local": 0,
         "proj_dim": 256,
@@ -95,13 +93,10 @@ PRESETS = {
     "small": {
         "dim": 96,
         "depth": 4,
-        "heads": 3,
         "batch_size": 128,
         "max_steps": 3000,
         "base_lr": 4e-3,
         "warmup_epochs": 0.5,
-        "eval_every": 500,
-        "save_every": 500,
         # --- method
         "n_local": 0,
         # --- end method
@@ -118,7 +113,7 @@ def projector(dim):
 
 
 class Network(nn.Module):
-    """ViT and projector. Views, a list of [b 3 s s] -> Z [v b d]; views of one size go through the ViT together."""
+    """ViT and projector. Views, a list of [b 3 s s] -> Z [v b d]."""
 
     def __init__(self, drop_path):
         super().__init__()
@@ -127,11 +122,11 @@ class Network(nn.Module):
 
     def forward(self, views):
         features = backbone_features(self.backbone, views)
-        return torch.stack([self.projector(x) for x in features.chunk(len(views))])  # BatchNorm of each view alone
+        return torch.stack([to_float32(self.projector(x)) for x in features.chunk(len(views))])
 
 
 def backbone_features(backbone, views):
-    """[CLS] features "(v b) d" of a list of views [b 3 s s]; those of one size go through the ViT together."""
+    """Views, a list of [b 3 s s] -> [CLS] features "(v b) d"; one pass of the ViT for each size."""
     features = []
     for _, group in groupby(views, key=lambda x: x.shape[-1]):
         x = torch.cat(list(group))
@@ -147,16 +142,15 @@ def standardise(z):
 
 
 def cross_correlation_loss(z1, z2, lambd):
-    """CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D of two projections [b d] of the same images."""
-    b, d = z1.shape
-    c = global_mean(standardise(z1).T @ standardise(z2) / b)
+    """CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D of two projections [b d] of one batch."""
+    c = global_mean(standardise(z1).T @ standardise(z2) / len(z1))
     on_diagonal = (1 - c.diagonal()).square().sum()
     off_diagonal = (c - c.diagonal().diag()).square().sum()
-    return (on_diagonal + lambd * off_diagonal) / d
+    return (on_diagonal + lambd * off_diagonal) / len(c)
 
 
 def cosine(start, end, step, steps, warmup=0):
-    """Value at `step` of `steps`: linear from 0 to `start` in `warmup` steps, then half a cosine to `end`, as in official DINO."""
+    """Value at `step` of `steps`: linear from 0 to `start` in `warmup` steps, then half a cosine to `end`."""
     warmup = int(warmup)
     if step < warmup:
         return start * step / max(warmup - 1, 1)
@@ -174,8 +168,10 @@ def clip_gradients(parameters, largest):
 def parameter_groups(model):
     """Weight decay for matrices, none for biases and norms."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        {"params": matrices},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
 if __name__ == "__main__":
@@ -205,29 +201,26 @@ if __name__ == "__main__":
     state["optimizer"] = optimizer
     run = Run(__file__, config, steps, state, eval_backbone, device)
     if run.start == 0:
-        names = [f"{'global' if crop.size == image_size else 'local'} {v + 1}" for v, crop in enumerate(crops)]
-        sample = batches(0)[:6]
-        with run.attempt("crops.png"):
-            run.write("crops.png", crops_picture(sample, multi_crop(sample, crops, seed, 0), names))
+        run.draw_crops(batches(0)[:6], multi_crop(batches(0)[:6], crops, seed, 0))
         run.log(0, {"epoch": 0.0, **evaluate(eval_backbone, data, bank, queries, device, autocast)})
     if compile:
-        for value in state.values():
-            if isinstance(value, nn.Module):
-                value.compile(options={"fallback_random": True})  # random numbers are drawn as without compilation
+        for module in (value for value in state.values() if isinstance(value, nn.Module)):
+            module.compile(options={"fallback_random": True})  # draws the random numbers of a run without it
 
     model = distributed(student)
     for step in range(run.start, steps):
         seed_step(seed, step)
         epoch = step / steps_per_epoch
         for group in optimizer.param_groups:
-            group["lr"] = cosine(base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch)
+            group["lr"] = cosine(
+                base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch
+            )
         optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)
         views = multi_crop(batches(step), crops, seed, step)
 
         # --- method
         with autocast:
             z = model(views)
-        z = to_float32(z)
         cc = torch.stack([cross_correlation_loss(z[u], z[v], lambd) for u, v in pairs]).mean()
         loss, parts = cc, {"cc": cc}
         # --- end method
@@ -242,7 +235,9 @@ if __name__ == "__main__":
         run.update()
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:
-            row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"])
+            row = run.row(
+                done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"]
+            )
             # --- method
             row.update(correlation_meters(z[0], z[1]))
             # --- end method

@@ -1,13 +1,15 @@
-"""Hybrid B: Barlow Twins' cross-correlation (CC) between two student projections, DINO's cross-entropy (CE) against a third.
+"""Hybrid B: Barlow Twins' cross-correlation (CC) of two views, DINO's cross-entropy (CE) against a third.
 
-X1, X2, X3 are random views of an image, smaller local ones beside them. The student sees all but X3, the teacher X3 alone. The
-teacher is the exponential moving average (EMA) of the student and gets no gradient (sg = stop-gradient):
+X1, X2, X3 are random views of an image, smaller local ones beside them. The student sees all but X3, the
+teacher X3 alone. The teacher is the exponential moving average (EMA) of the student and gets no gradient (sg
+= stop-gradient):
 
-    P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)    CE = H(P_t, P_s)         DINO, 2104.14294
-    C = z1^T z2 / B    CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D             Barlow Twins, 2103.03230
+    P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)  CE = H(P_t, P_s)    DINO, 2104.14294
+    C = z1^T z2 / B    CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D    Barlow Twins, 2103.03230
     L = mean of CE over the student's views + alpha CC(Z1, Z2), with gradient through Z1 and Z2
 
-z1, z2 are projections whose columns are standardised over the batch. The division by D is ours: alpha means the same for any D.
+z1, z2 are projections with columns standardised over the batch. Dividing by D is ours: alpha means the same
+for any D.
 
     python hybrid_b.py --dataset=shapes                        a few minutes on two CPU cores
     python hybrid_b.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 3 x 32 + 6 x 16 pixels
@@ -26,10 +28,9 @@ from torch import nn
 from data import Batches, Crop, load, multi_crop, training_split
 from twins.keys import configure
 from twins.monitor import correlation_meters, entropy, evaluate
-from twins.pictures import crops_picture
 from twins.processes import BatchNorm1d, batch_rand, distributed, global_mean, seed_step, setup, to_float32
 from twins.run import Run
-from vit import ViT, check_size
+from vit import ViT, check_size, init_weights
 
 dataset = "cifar10"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
 data_dir = "data"  # where its files are, or are downloaded to
@@ -40,7 +41,7 @@ memory_gib = 8.0  # images up to this size are held on the device, larger sets a
 resume = False  # continue the run in out_dir
 seed = 0  # of weights, order and views [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
-dtype = "auto"  # precision of the networks; auto: bfloat16 where the hardware computes it [float32|bfloat16|float64]
+dtype = "auto"  # of the networks; auto: bfloat16 where the hardware computes it [float32|bfloat16|float64]
 compile = False  # torch.compile: a minute slower to start, faster afterwards on a GPU
 epochs = 100  # passes over the training images [1..]
 max_steps = 0  # optimizer steps; 0: as many as `epochs` gives [0..]
@@ -107,9 +108,7 @@ PRESETS = {
         "base_lr": 2e-3,
         "warmup_epochs": 0.5,
         "n_local": 2,
-        "knn_bank": 5000,
         "eval_every": 50,
-        "save_every": 100,
         # --- method
         "hidden_dim": 512,
         "bottleneck_dim": 128,
@@ -123,14 +122,11 @@ PRESETS = {
     "small": {
         "dim": 96,
         "depth": 4,
-        "heads": 3,
         "batch_size": 128,
         "max_steps": 3000,
         "base_lr": 4e-3,
         "warmup_epochs": 0.5,
         "n_local": 2,
-        "eval_every": 500,
-        "save_every": 500,
         # --- method
         "hidden_dim": 512,
         "tau_t": 0.055,
@@ -148,19 +144,14 @@ class Head(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden_dim),
-            BatchNorm1d(hidden_dim) if head_bn else nn.Identity(),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            BatchNorm1d(hidden_dim) if head_bn else nn.Identity(),
-            nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
-        for layer in self.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+        layers = []
+        for width in (dim, hidden_dim):
+            layers += [
+                nn.Linear(width, hidden_dim),
+                BatchNorm1d(hidden_dim) if head_bn else nn.Identity(),
+                nn.GELU(),
+            ]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim)).apply(init_weights)
         self.last = nn.Linear(bottleneck_dim, out_dim, bias=False)
         self.length = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)
 
@@ -180,7 +171,7 @@ def projector(dim):
 
 
 class Network(nn.Module):
-    """ViT and heads. Views, a list of [b 3 s s] -> Z for CE [v b k] and Z for CC [v b D], the same if head="shared"."""
+    """ViT and heads. Views, a list of [b 3 s s] -> Z for CE [v b k], for CC [v b D], the same if shared."""
 
     def __init__(self, drop_path):
         super().__init__()
@@ -190,14 +181,15 @@ class Network(nn.Module):
 
     def forward(self, views):
         features = backbone_features(self.backbone, views)
-        z_ce = rearrange(self.head(features), "(v b) k -> v b k", v=len(views))
-        if self.projector is None:
-            return z_ce, z_ce
-        return z_ce, torch.stack([self.projector(x) for x in features.chunk(len(views))])  # BatchNorm of each view alone
+        z = to_float32(self.head(features))
+        z_ce = z_cc = rearrange(z, "(v b) k -> v b k", v=len(views))
+        if self.projector is not None:  # BatchNorm sees each view alone
+            z_cc = torch.stack([to_float32(self.projector(x)) for x in features.chunk(len(views))])
+        return z_ce, z_cc
 
 
 def backbone_features(backbone, views):
-    """[CLS] features "(v b) d" of a list of views [b 3 s s]; those of one size go through the ViT together."""
+    """Views, a list of [b 3 s s] -> [CLS] features "(v b) d"; one pass of the ViT for each size."""
     features = []
     for _, group in groupby(views, key=lambda x: x.shape[-1]):
         x = torch.cat(list(group))
@@ -207,7 +199,7 @@ def backbone_features(backbone, views):
 
 
 def cross_entropy(p_t, z_s, tau_s):
-    """H(P_t, P_s) of every pair of views: teacher's p_t [u b k], student's z_s [v b k] -> [u v], means over the batch."""
+    """H(P_t, P_s) of every pair of views, mean over the batch: p_t [u b k], z_s [v b k] -> [u v]."""
     log_p_s = F.log_softmax(z_s / tau_s, dim=-1)
     return -torch.einsum("u b k, v b k -> u v", p_t, log_p_s) / p_t.shape[1]
 
@@ -219,19 +211,11 @@ def standardise(z):
 
 
 def cross_correlation_loss(z1, z2, lambd):
-    """CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D of two projections [b d] of the same images."""
-    b, d = z1.shape
-    c = global_mean(standardise(z1).T @ standardise(z2) / b)
+    """CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D of two projections [b d] of one batch."""
+    c = global_mean(standardise(z1).T @ standardise(z2) / len(z1))
     on_diagonal = (1 - c.diagonal()).square().sum()
     off_diagonal = (c - c.diagonal().diag()).square().sum()
-    return (on_diagonal + lambd * off_diagonal) / d
-
-
-def teacher_temperature(epoch):
-    """From tau_t_start to tau_t, linear in whole epochs; constant without warm-up or sharpening."""
-    if tau_t >= tau_s or epoch >= tau_t_warmup_epochs:
-        return tau_t
-    return tau_t_start + (tau_t - tau_t_start) * int(epoch) / max(tau_t_warmup_epochs - 1, 1)
+    return (on_diagonal + lambd * off_diagonal) / len(c)
 
 
 @torch.no_grad()
@@ -241,7 +225,7 @@ def update_teacher(teacher, student, momentum):
 
 
 def cosine(start, end, step, steps, warmup=0):
-    """Value at `step` of `steps`: linear from 0 to `start` in `warmup` steps, then half a cosine to `end`, as in official DINO."""
+    """Value at `step` of `steps`: linear from 0 to `start` in `warmup` steps, then half a cosine to `end`."""
     warmup = int(warmup)
     if step < warmup:
         return start * step / max(warmup - 1, 1)
@@ -259,8 +243,10 @@ def clip_gradients(parameters, largest):
 def parameter_groups(model):
     """Weight decay for matrices, none for biases and norms."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        {"params": matrices},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
 if __name__ == "__main__":
@@ -293,30 +279,30 @@ if __name__ == "__main__":
     state["optimizer"] = optimizer
     run = Run(__file__, config, steps, state, eval_backbone, device)
     if run.start == 0:
-        names = [f"{'global' if crop.size == image_size else 'local'} {v + 1}" for v, crop in enumerate(crops)]
-        sample = batches(0)[:6]
-        with run.attempt("crops.png"):
-            run.write("crops.png", crops_picture(sample, multi_crop(sample, crops, seed, 0), names))
+        run.draw_crops(batches(0)[:6], multi_crop(batches(0)[:6], crops, seed, 0))
         run.log(0, {"epoch": 0.0, **evaluate(eval_backbone, data, bank, queries, device, autocast)})
     if compile:
-        for value in state.values():
-            if isinstance(value, nn.Module):
-                value.compile(options={"fallback_random": True})  # random numbers are drawn as without compilation
+        for module in (value for value in state.values() if isinstance(value, nn.Module)):
+            module.compile(options={"fallback_random": True})  # draws the random numbers of a run without it
 
     model = distributed(student)
     for step in range(run.start, steps):
         seed_step(seed, step)
         epoch = step / steps_per_epoch
         for group in optimizer.param_groups:
-            group["lr"] = cosine(base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch)
+            group["lr"] = cosine(
+                base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch
+            )
         optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)
         views = multi_crop(batches(step), crops, seed, step)
 
         # --- method
+        warming_up = tau_t < tau_s and epoch < tau_t_warmup_epochs
+        progress = int(epoch) / max(tau_t_warmup_epochs - 1, 1) if warming_up else 1.0
         with autocast:
             (z_s, z_s_cc), (z_t, _) = model(views[:-1]), teacher(views[-1:])
-        z_s, z_t, z_s_cc = (to_float32(z) for z in (z_s, z_t, z_s_cc))
-        p_t = ((z_t - center) / teacher_temperature(epoch)).softmax(-1)  # [u b k]
+        tau = tau_t_start + (tau_t - tau_t_start) * progress
+        p_t = ((z_t - center) / tau).softmax(-1)  # [u b k]
         ce = cross_entropy(p_t, z_s, tau_s).mean()
         others = range(1, len(z_s) if cc_local else 2)
         cc = torch.stack([cross_correlation_loss(z_s_cc[0], z_s_cc[v], lambd) for v in others]).mean()
@@ -342,7 +328,9 @@ if __name__ == "__main__":
         run.update()
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:
-            row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"])
+            row = run.row(
+                done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"]
+            )
             # --- method
             row.update(teacher_entropy=entropy(p_t), kl=ce - entropy(p_t))
             row.update(correlation_meters(z_s_cc[0], z_s_cc[1]))

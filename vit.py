@@ -1,11 +1,13 @@
-"""Vision Transformer, written by hand with einops; needs torch and einops alone, so copy it anywhere. timm's parameter names.
+"""Vision Transformer by hand, with einops and timm's parameter names. Copy it anywhere: it needs no other file.
 
-An image is cut into patches of p x p pixels, each a token; a [CLS] token and registers, if any, stand before them; `depth`
-pre-norm blocks of attention and MLP follow (Dosovitskiy et al., 2010.11929). As in DINO (Caron et al., 2104.14294): LayerNorm
-eps 1e-6, qkv bias, trunc-normal .02, positions interpolated (bicubic) for crops of other sizes, drop path rising linearly with
-depth. Registers are those of 2309.16588, LayerScale is that of DINOv2.
+An image is cut into patches of p x p pixels, each a token; a [CLS] token and registers, if any, stand before
+them; `depth` pre-norm blocks of attention and MLP follow (Dosovitskiy et al., 2010.11929). As in DINO (Caron
+et al., 2104.14294): LayerNorm eps 1e-6, qkv bias, trunc-normal .02, positions interpolated (bicubic) for
+crops of other sizes, drop path rising linearly with depth. Registers are those of 2309.16588, LayerScale is
+that of DINOv2.
 
-Letters in shapes:  b images  n tokens  d width  h heads  c width of a head  y x patch grid  p q sides of a patch
+Letters in shapes:  b images  n tokens  d width  h heads  c width of a head  y x patch grid  p q sides of a
+patch
 """
 
 import torch
@@ -13,7 +15,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-FEW_TOKENS = {torch.bfloat16: 300}  # up to here two matrix products are faster on a CPU than its fused kernel; else 32
+FEW_TOKENS = {
+    torch.bfloat16: 300
+}  # up to here two matrix products are faster on a CPU than its fused kernel; else 32
 
 
 def check_size(size, patch_size):
@@ -32,14 +36,18 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def project(self, x, queries=None):
-        """x [b n d] -> queries (of the first `queries` tokens alone, if given), keys, values, each [b h n c]."""
+        """x [b n d] -> queries (of the first `queries` tokens, if given), keys and values, [b h n c]."""
         if queries is None:
             q, k, v = rearrange(self.qkv(x), "b n (qkv h c) -> qkv b h n c", qkv=3, h=self.heads)
             return q, k, v
         dim = x.shape[-1]
         weight, bias = self.qkv.weight, self.qkv.bias
-        q = rearrange(F.linear(x[:, :queries], weight[:dim], bias[:dim]), "b n (h c) -> b h n c", h=self.heads)
-        k, v = rearrange(F.linear(x, weight[dim:], bias[dim:]), "b n (kv h c) -> kv b h n c", kv=2, h=self.heads)
+        q = rearrange(
+            F.linear(x[:, :queries], weight[:dim], bias[:dim]), "b n (h c) -> b h n c", h=self.heads
+        )
+        k, v = rearrange(
+            F.linear(x, weight[dim:], bias[dim:]), "b n (kv h c) -> kv b h n c", kv=2, h=self.heads
+        )
         return q, k, v
 
     def weights(self, x):
@@ -92,10 +100,10 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x, noise=None, queries=None):
-        """x [b n d] -> [b n d], or [b queries d] of the first `queries` tokens alone, which need not wait for the others.
+        """x [b n d] -> [b n d], or [b queries d]: the outputs of the first `queries` tokens alone.
 
-        noise: uniform random numbers [2 b] for drop path, which leaves a residual branch out for a whole image with probability
-        `drop_path` (Huang et al., 1603.09382); None: nothing is left out.
+        noise: uniform random numbers [2 b] for drop path, which leaves a residual branch out for a whole
+        image with probability `drop_path` (Huang et al., 1603.09382); None: nothing is left out.
         """
         y = self.ls1(self.attn(self.norm1(x), queries))
         x = x if queries is None else x[:, :queries]
@@ -104,12 +112,12 @@ class Block(nn.Module):
         return x + (y if noise is None else y * self.keep(noise[1]))
 
     def keep(self, noise):
-        """Uniform random numbers [b] -> the factor of a residual branch [b 1 1]: 0, or 1 / (1 - drop_path)."""
+        """Uniform random numbers [b] -> a residual branch's factor [b 1 1]: 0 or 1 / (1 - drop_path)."""
         return rearrange((noise >= self.drop_path) / (1 - self.drop_path), "b -> b 1 1")
 
 
 class PatchEmbed(nn.Module):
-    """Images [b 3 H W] -> tokens [b n d]. timm's convolution by name and shape, computed as one product of all patches."""
+    """Images [b 3 H W] -> tokens [b n d]. timm's convolution by name and shape, computed as one product."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
@@ -123,23 +131,46 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """ViT-Ti/4 for 32-pixel images by default: 192 wide, 12 deep, 3 heads, 5.4 M parameters.
 
-    `num_prefix_tokens` (timm's name) stand before the patches: [CLS], then registers. `args` holds the arguments, so that
-    type(vit)(**vit.args) builds the same network. Raises ValueError when `patch_size` does not divide an image's side, or
-    `heads` does not divide `dim`.
+    `num_prefix_tokens` (timm's name) stand before the patches: [CLS], then registers. `args` holds the
+    arguments, so that type(vit)(**vit.args) builds the same network. Raises ValueError when `patch_size` does
+    not divide an image's side, or `heads` does not divide `dim`.
     """
 
-    def __init__(self, image_size=32, patch_size=4, dim=192, depth=12, heads=3, drop_path=0.0, registers=0, layer_scale=False):
+    def __init__(
+        self,
+        image_size=32,
+        patch_size=4,
+        dim=192,
+        depth=12,
+        heads=3,
+        drop_path=0.0,
+        registers=0,
+        layer_scale=False,
+    ):
         super().__init__()
-        self.args = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth, "heads": heads}
+        self.args = {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "dim": dim,
+            "depth": depth,
+            "heads": heads,
+        }
         self.args.update(drop_path=drop_path, registers=registers, layer_scale=layer_scale)
         if dim % heads:
             raise ValueError(f"dim={dim} cannot be split into heads={heads} equal parts")
         check_size(image_size, patch_size)
-        self.patch_size, self.dim, self.drop_path, self.num_prefix_tokens = patch_size, dim, drop_path, 1 + registers
+        self.patch_size, self.dim, self.drop_path, self.num_prefix_tokens = (
+            patch_size,
+            dim,
+            drop_path,
+            1 + registers,
+        )
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + (image_size // patch_size) ** 2, dim))
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, self.num_prefix_tokens + (image_size // patch_size) ** 2, dim)
+        )
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, rate, layer_scale) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -150,7 +181,12 @@ class ViT(nn.Module):
 
     def timm_args(self):
         """What timm's VisionTransformer(**timm_args) needs to build the same network."""
-        args = {"img_size": self.args["image_size"], "patch_size": self.patch_size, "embed_dim": self.dim, "num_classes": 0}
+        args = {
+            "img_size": self.args["image_size"],
+            "patch_size": self.patch_size,
+            "embed_dim": self.dim,
+            "num_classes": 0,
+        }
         args.update(depth=len(self.blocks), num_heads=self.args["heads"])
         if self.args["registers"]:
             args.update(reg_tokens=self.args["registers"])
@@ -160,7 +196,9 @@ class ViT(nn.Module):
 
     def positions(self, y, x):
         """Position embeddings of [CLS], registers and a grid of y x x patches: [1 n d]."""
-        prefix, grid = self.pos_embed.split([self.num_prefix_tokens, self.pos_embed.shape[1] - self.num_prefix_tokens], 1)
+        prefix, grid = self.pos_embed.split(
+            [self.num_prefix_tokens, self.pos_embed.shape[1] - self.num_prefix_tokens], 1
+        )
         side = int(grid.shape[1] ** 0.5)
         if (y, x) == (side, side):
             return self.pos_embed
@@ -174,18 +212,25 @@ class ViT(nn.Module):
         for side in images.shape[-2:]:
             check_size(side, self.patch_size)
         y, x = (side // self.patch_size for side in images.shape[-2:])
-        prefix = self.cls_token if self.reg_token is None else torch.cat([self.cls_token, self.reg_token], dim=1)
+        prefix = (
+            self.cls_token if self.reg_token is None else torch.cat([self.cls_token, self.reg_token], dim=1)
+        )
         prefix = repeat(prefix, "1 n d -> b n d", b=len(images))
         return torch.cat([prefix, self.patch_embed(images)], dim=1) + self.positions(y, x)
 
     def forward(self, images, noise=None):
         """Images [b 3 H W] -> [CLS] features of the last block [b d].
 
-        noise: uniform random numbers [2*depth b] for drop path in training; None: the network draws them itself.
+        noise: uniform random numbers [2*depth b] for drop path in training; None: the network draws them
+        itself.
         """
         x = self.tokens(images)
         if self.training and self.drop_path:
-            noise = torch.rand(2 * len(self.blocks), len(images), device=images.device) if noise is None else noise
+            noise = (
+                torch.rand(2 * len(self.blocks), len(images), device=images.device)
+                if noise is None
+                else noise
+            )
             pairs = list(rearrange(noise, "(depth two) b -> depth two b", two=2))
         else:
             pairs = [None] * len(self.blocks)

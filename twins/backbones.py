@@ -13,9 +13,10 @@ ACCEPTED = "give a run's folder or ckpt.pt, an export folder, an official DINO .
 
 
 def configure_evaluation(script, argv=None):
-    """Sets an evaluation script's options: its globals, from `argv` or the command line. Returns {name: value} of all of them.
+    """Sets an evaluation script's options, its globals, from `argv` or the command line, as {name: value}.
 
-    PRESETS[dataset] holds for --ckpt=random alone: a checkpoint knows its own architecture. Raises UserError without --ckpt.
+    PRESETS[dataset] holds for --ckpt=random alone: a checkpoint knows its own architecture. Raises UserError
+    without --ckpt.
     """
     options, preset, given = parse(script, argv, presets=["dataset"])
     if not given.get("ckpt"):
@@ -33,10 +34,11 @@ def configure_evaluation(script, argv=None):
 
 
 def load_backbone(config, device, vit):
-    """The backbone that --ckpt names, in evaluation mode, and what is known of it: {script, step, dataset, data_dir, network ...}.
+    """The backbone that --ckpt names, in evaluation mode, and {script, step, dataset, network ...} of it.
 
-    vit: the class to build, unless the checkpoint names one of its own in a file beside the scripts. Raises UserError for
-    anything but a run's folder or ckpt.pt, an export folder, an official DINO .pth, or 'random'.
+    vit: the class to build, unless the checkpoint names one of its own in a file beside the scripts. Raises
+    UserError for anything but a run's folder or ckpt.pt, an export folder, an official DINO .pth, or
+    'random'.
     """
     path, about = Path(config["ckpt"]).expanduser(), {"ckpt": config["ckpt"]}
     if config["ckpt"] == "random":
@@ -69,22 +71,32 @@ def is_run(path):
 
 
 def read_run(path, weights, about, device, vit):
-    """A training script's checkpoint: the state dict of its backbone, the arguments of its class, and the class."""
-    saved, path, problem = load_checkpoint(path, device) if path.is_dir() else (read_checkpoint(path, device), path, "")
+    """A training script's checkpoint: its backbone's state dict, the arguments of its class, the class."""
+    saved, path, problem = (
+        load_checkpoint(path, device) if path.is_dir() else (read_checkpoint(path, device), path, "")
+    )
     if problem:
         print(f"warning: {problem}; using the checkpoint before it")
     known = saved["backbone"]
     network, _, inner = known["name"].partition(".")
     network = weights or network
     if network not in saved:
-        networks = [name for name, value in saved.items() if isinstance(value, dict) and name not in ("config", "backbone", "optimizer")]
+        networks = [
+            name
+            for name, value in saved.items()
+            if isinstance(value, dict) and name not in ("config", "backbone", "optimizer")
+        ]
         raise UserError(f"--weights={network}: {path} holds {' and '.join(networks)}")
     prefix = f"{inner}." if inner else ""
-    state = {name.removeprefix(prefix): value for name, value in saved[network].items() if name.startswith(prefix)}
+    state = {
+        name.removeprefix(prefix): value for name, value in saved[network].items() if name.startswith(prefix)
+    }
     about.update(script=saved["script"], step=saved["step"], network=network)
     about.update({name: saved["config"][name] for name in ("dataset", "data_dir", "seed")})
     if known["args"] is None:
-        raise UserError(f"{path} does not say how to build its backbone: give {known['class']} an attribute `args`, as ViT has")
+        raise UserError(
+            f"{path} does not say how to build its backbone: give it an attribute `args`, as vit.ViT has"
+        )
     if (ROOT / f"{known['module']}.py").exists():
         vit = getattr(importlib.import_module(known["module"]), known["class"])
     return state, known["args"], vit
@@ -97,7 +109,9 @@ def read_export(path, about):
         state = from_safetensors((path / "model.safetensors").read_bytes())
     except Exception as error:  # safetensors raises its own kind
         raise UserError(f"{path}/model.safetensors is damaged ({first_line(error)})") from None
-    about.update({name: saved[name] for name in ("script", "step", "dataset", "data_dir", "seed") if name in saved})
+    about.update(
+        {name: saved[name] for name in ("script", "step", "dataset", "data_dir", "seed") if name in saved}
+    )
     if "backbone" in saved:
         about["network"] = saved["backbone"].partition(".")[0]
     if "model_args" not in saved:
@@ -109,11 +123,15 @@ def read_foreign(path, config, about, device):
     """A state dict of timm's names, alone or as official DINO saves it, and the arguments of its class."""
     saved = load_pickle(path, device)
     state = saved.get(config["weights"] or "teacher", saved.get("student", saved))
-    state = {name.split("backbone.")[-1]: value for name, value in state.items() if "backbone." in name} or state
+    state = {
+        name.split("backbone.")[-1]: value for name, value in state.items() if "backbone." in name
+    } or state
     if "cls_token" not in state:
         raise UserError(f"--ckpt={path} holds no ViT of timm's key names")
     about["network"] = config["weights"] or "teacher"
-    return state, architecture(state, max(state["cls_token"].shape[-1] // 64, 1))  # heads of every official DINO ViT
+    return state, architecture(
+        state, max(state["cls_token"].shape[-1] // 64, 1)
+    )  # heads of every official DINO ViT
 
 
 def architecture(state, heads):
@@ -123,7 +141,12 @@ def architecture(state, heads):
         depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
         registers = state["reg_token"].shape[1] if "reg_token" in state else 0
         side = int((state["pos_embed"].shape[1] - 1 - registers) ** 0.5)
-        args = {"image_size": side * patch_size, "patch_size": patch_size, "dim": state["cls_token"].shape[-1], "depth": depth}
+        args = {
+            "image_size": side * patch_size,
+            "patch_size": patch_size,
+            "dim": state["cls_token"].shape[-1],
+            "depth": depth,
+        }
         args.update(heads=heads, registers=registers, layer_scale="blocks.0.ls1.gamma" in state)
     except (KeyError, AttributeError) as error:
         raise UserError(f"no ViT of timm's key names ({first_line(error)})") from None

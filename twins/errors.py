@@ -23,9 +23,13 @@ def close_bars():
 
 
 def is_sentence(error, trace):
-    """True for a UserError, and for a ValueError raised by a file beside the scripts, such as vit.py or a fork of it."""
+    """True for a UserError, and for a ValueError raised in a file beside the scripts, such as vit.py."""
     if isinstance(error, UserError):
         return True
     while trace and trace.tb_next:
         trace = trace.tb_next
-    return type(error) is ValueError and trace and Path(trace.tb_frame.f_code.co_filename).resolve().parent == ROOT
+    return (
+        type(error) is ValueError
+        and trace
+        and Path(trace.tb_frame.f_code.co_filename).resolve().parent == ROOT
+    )

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, folders locked by one process, checkpoints read without running code."""
+"""Files written completely or not at all; checkpoints read without running code; the git commit."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from twins.errors import ROOT, UserError, first_line
 
 
 def write_file(path, content, previous=None):
-    """Writes bytes or str atomically; the file that was there is kept as `previous`. Raises UserError if the disk refuses."""
+    """Writes bytes or str atomically and keeps the old file as `previous`. Raises UserError if that fails."""
     partial = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def read_json(path):
 
 
 def git_state():
-    """{git_commit, git_edited}: the commit of this checkout ('' without git) and whether tracked files differ from it."""
+    """{git_commit: of this checkout, '' without git, git_edited: whether tracked files differ from it}."""
     try:
         commit, status = (
             subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -55,14 +55,16 @@ def git_state():
 
 
 def load_pickle(path, device="cpu"):
-    """A dict written by torch.save; checksums are verified and no code is run. Raises UserError for anything else."""
+    """A dict written by torch.save; checksums are verified, no code is run. Raises UserError for other files."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
                 broken = archive.testzip()
             if broken:
                 raise UserError(f"{path} is damaged (bad checksum in {broken})")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # official DINO checkpoints hold their arguments
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # official DINO checkpoints hold their arguments
             saved = torch.load(path, map_location=device, weights_only=True)
     except UserError:
         raise

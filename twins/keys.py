@@ -1,7 +1,7 @@
 """Options: the lower-case names at the top of a script, read from its source, changed by --name=value.
 
-    depth = 12  # blocks [1..]                            the default gives the type, the comment the meaning,
-    head = "shared"  # one Z for both losses [shared|two]     brackets at its end the limits or the choices
+depth = 12  # blocks [1..]                            the default gives the type, the comment the meaning,
+head = "shared"  # one Z for both losses [shared|two]     brackets at its end the limits or the choices
 """
 
 import argparse
@@ -18,7 +18,13 @@ from twins.errors import UserError
 from twins.files import load_checkpoint
 from twins.processes import excepthook, only_rank_0_prints, under_torchrun
 
-KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "numbers like 0.4,1.0"}
+KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "numbers like 0.4,1.0",
+}
 
 
 class Option(NamedTuple):
@@ -33,7 +39,11 @@ def read_options(path):
     """{name: Option} of a script: its top-level assignments of a constant to a lower-case name."""
     source, options = Path(path).read_text(encoding="utf-8"), {}
     for node in ast.parse(source).body:
-        name = node.targets[0].id if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else ""
+        name = (
+            node.targets[0].id
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+            else ""
+        )
         if name[:1] == "_" or not name.islower():
             continue
         try:
@@ -59,7 +69,7 @@ def read_comment(default, comment):
 
 
 def convert(name, option, value):
-    """A value from the command line or a file in the type of its option. Raises UserError if type, limits or choices forbid it."""
+    """A value from the command line or a file in its option's type. Raises UserError if it does not fit."""
     kind = type(option.default)
     try:
         converted = from_text(value, kind) if isinstance(value, str) else from_json(value, kind)
@@ -104,10 +114,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(script, argv=None, presets=()):
-    """The options of a script (its globals) in three dicts: all Options, the preset's changes, those given as text and converted.
+    """The options of a script (its globals) in three dicts: Options, the preset's changes, values given.
 
-    `presets` names the options whose values choose from PRESETS, the later over the earlier. From a command line (argv is None)
-    it also installs the one-sentence excepthook. Exits with 2 for an unknown option, naming the nearest.
+    `presets` names the options whose values choose from PRESETS, the later over the earlier. From a command
+    line (argv is None) it also installs the one-sentence excepthook. Exits with 2 for an unknown option,
+    naming the nearest.
     """
     if argv is None:
         sys.excepthook = excepthook
@@ -144,37 +155,50 @@ def print_help(parser, options, in_force):
     print(f"{parser.description}\n\noptions, with their defaults:\n")
     for name, option in options.items():
         choices = " or ".join(dict.fromkeys(choice for choice in option.choices if choice))
-        limits = f" from {option.low:g}" * (option.low > -math.inf) + f" to {option.high:g}" * (option.high < math.inf)
-        print(f"  {f'--{name}={in_force[name]}':<32} {option.meaning}{f' ({choices})' * bool(choices)}{limits}")
+        limits = f" from {option.low:g}" * (option.low > -math.inf) + f" to {option.high:g}" * (
+            option.high < math.inf
+        )
+        print(
+            f"  {f'--{name}={in_force[name]}':<32} {option.meaning}{f' ({choices})' * bool(choices)}{limits}"
+        )
     sys.exit(0)
 
 
 def configure(script, argv=None):
-    """Sets a training script's options: its globals, from `argv` or the command line. Returns {name: value} of all of them.
+    """Sets a training script's options, its globals, from `argv` or the command line; returns {name: value}.
 
-    An option that is not given has the value of the run that is resumed, else of PRESETS[preset], PRESETS[dataset], its default.
-    Raises UserError for impossible values and for an out_dir that holds a run, unless it is resumed.
+    An option that is not given has the value of the run that is resumed, else of PRESETS[preset],
+    PRESETS[dataset], its default. Raises UserError for impossible values and for an out_dir that holds a run,
+    unless it is resumed.
     """
     options, preset, given = parse(script, argv, presets=[n for n in ("dataset", "preset") if n in script])
     name = Path(script["__file__"]).stem
     config = {key: option.default for key, option in options.items()}
     config.update(preset)
-    out_dir = Path(given.get("out_dir") or f"out/{name}-{given.get('dataset', config['dataset'])}").expanduser()
+    out_dir = Path(
+        given.get("out_dir") or f"out/{name}-{given.get('dataset', config['dataset'])}"
+    ).expanduser()
     if given.get("resume"):
         config.update(saved_options(out_dir, name, options))
         tell_changes(out_dir, config, given)
     elif holds_run(out_dir):
-        raise UserError(f"{out_dir} already holds a run: continue it with --resume=True, or give another --out_dir")
+        raise UserError(
+            f"{out_dir} already holds a run: continue it with --resume=True, or give another --out_dir"
+        )
     elif preset:
         changed = " ".join(f"--{key}={value}" for key, value in preset.items() if key not in given)
         print(f"defaults for this preset: {changed}", flush=True)
     config.update(given)
     config["out_dir"] = str(out_dir)
-    config["data_dir"] = str(Path(config["data_dir"]).expanduser().absolute())  # resuming works from any folder
+    config["data_dir"] = str(
+        Path(config["data_dir"]).expanduser().absolute()
+    )  # resuming works from any folder
     config = {key: convert(key, options[key], value) for key, value in config.items()}
     processes = int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
     if config["batch_size"] % processes:
-        raise UserError(f"--batch_size={config['batch_size']} is the total of {processes} processes, which must divide it")
+        raise UserError(
+            f"--batch_size={config['batch_size']} is the total of {processes} processes, which must divide it"
+        )
     script.update(config)
     return config
 
@@ -186,18 +210,30 @@ def holds_run(out_dir):
 def saved_options(out_dir, script_name, options):
     """The options of the run to resume, as its checkpoint holds them."""
     if not holds_run(out_dir):
-        raise UserError(f"{out_dir} holds no run to resume (no ckpt.pt): leave --resume out, or give the run's --out_dir")
+        raise UserError(
+            f"{out_dir} holds no run to resume (no ckpt.pt): leave --resume out, or give the run's --out_dir"
+        )
     saved, _, _ = load_checkpoint(out_dir)
     if saved["script"] != script_name:
-        raise UserError(f"{out_dir} holds a run of {saved['script']}.py, not of {script_name}.py: give another --out_dir")
-    return {key: convert(key, options[key], value) for key, value in saved["config"].items() if key in options}
+        raise UserError(
+            f"{out_dir} holds a run of {saved['script']}.py, not of {script_name}.py: give another --out_dir"
+        )
+    return {
+        key: convert(key, options[key], value) for key, value in saved["config"].items() if key in options
+    }
 
 
 def tell_changes(out_dir, config, given):
-    changed = [key for key, value in given.items() if key not in ("resume", "out_dir", "data_dir") and value != config[key]]
+    changed = [
+        key
+        for key, value in given.items()
+        if key not in ("resume", "out_dir", "data_dir") and value != config[key]
+    ]
     for key in changed:
         if key in ("dataset", "seed"):
-            raise UserError(f"{out_dir} is a run with --{key}={config[key]}: leave --{key} out, or use another --out_dir")
+            raise UserError(
+                f"{out_dir} is a run with --{key}={config[key]}: leave --{key} out, or use another --out_dir"
+            )
     if changed:
         text = " ".join(f"--{key}={given[key]} (was {config[key]})" for key in changed)
         print(f"changed on resuming: {text}", flush=True)

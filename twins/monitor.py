@@ -4,28 +4,32 @@ import math
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from twins.datasets import from_bytes, normalise
-from twins.processes import gather, global_mean, shard, to_float32
+from twins.processes import gather, global_mean, shard, to_float32, world
 
 
 @torch.no_grad()
-def features(backbone, images, rows, device, autocast, batch_size=500):
-    """[CLS] features float32 [m d] of some rows int64 [m] of uint8 images [n 3 s s]."""
-    was, out = backbone.training, []
+def features(backbone, images, indices, device, autocast, batch_size=500):
+    """[CLS] features float32 [m d] of the images uint8 [n 3 s s] at indices int64 [m]."""
+    was_training, chunks = backbone.training, []
     backbone.eval()
-    for some in shard(rows).split(batch_size):
-        with autocast:
-            z = backbone(normalise(from_bytes(images[some].to(device))))
-        out.append(to_float32(z))
-    backbone.train(was)
-    return gather(torch.cat(out))
+    with tqdm(total=len(indices), desc="k-NN features", unit=" images", leave=False, delay=3) as bar:
+        for chunk in shard(indices).split(batch_size):
+            with autocast:
+                z = backbone(normalise(from_bytes(images[chunk].to(device))))
+            chunks.append(to_float32(z))
+            bar.update(len(chunk) * world())
+    backbone.train(was_training)
+    return gather(torch.cat(chunks))
 
 
 def knn(bank, bank_labels, queries, k=20, temperature=0.07):
     """Weighted k-NN (Wu et al., 1805.01978): features [n d], labels int64 [n], queries [m d] -> votes [m classes].
 
-    A query's k nearest bank images by cosine vote with weight exp(cosine / temperature); the answer is the argmax.
+    A query's k nearest bank images by cosine vote with weight exp(cosine / temperature); the answer is the
+    argmax.
     """
     bank, votes = F.normalize(bank, dim=1), []
     for chunk in F.normalize(queries, dim=1).split(1000):
@@ -38,13 +42,15 @@ def knn(bank, bank_labels, queries, k=20, temperature=0.07):
 def evaluate(backbone, data, bank, queries, device, autocast):
     """One evaluation row: knn (share of the queries that are right, absent without labels), feature_std, rank.
 
-    data: Split; bank, queries: rows of it, int64 [m]. feature_std is the mean column's std of L2-normalised features times sqrt(d),
-    1 when they fill the sphere and 0 when they collapse (SimSiam, 2011.10566); rank is RankMe (2210.02885), exp of the entropy of
-    the singular values.
+    data: Split; bank, queries: rows of it, int64 [m]. feature_std is the mean column's std of L2-normalised
+    features times sqrt(d), 1 when they fill the sphere and 0 when they collapse (SimSiam, 2011.10566); rank
+    is RankMe (2210.02885), exp of the entropy of the singular values.
     """
     z, row = features(backbone, data.images, bank, device, autocast), {}
     if len(queries):
-        votes = knn(z, data.labels[bank].to(device), features(backbone, data.images, queries, device, autocast))
+        votes = knn(
+            z, data.labels[bank].to(device), features(backbone, data.images, queries, device, autocast)
+        )
         row["knn"] = (votes.argmax(1) == data.labels[queries].to(device)).float().mean()
     z = F.normalize(z[:4096], dim=1)
     p = torch.linalg.svdvals(z)
@@ -58,21 +64,35 @@ def entropy(p):
 
 
 def collapse(rows, steps, config):
-    """One sentence when the last rows, 4 % of the run and two at least, all show features that collapse, else an empty one."""
-    window = [r for r in rows if "loss" in r][-max(2, steps // (25 * config["log_every"])) :]
+    """One sentence if the log shows features that collapse, else ''. rows: the log so far; config: the run's options.
 
-    def always(key, low, high):
-        return len(window) > 1 and all(low <= row.get(key, math.inf) <= high for row in window)
+    Signs in the last evaluation: RankMe below a quarter of its first value, or k-NN below that of random
+    weights after the learning-rate warm-up. Signs in the last rows, 4 % of the run and two at least: a
+    uniform, constant or copied teacher.
+    """
+    if not rows:
+        return ""
+    warming_up = rows[-1].get("epoch", 0) < config.get("warmup_epochs", 0)  # nothing moves yet
+    evaluations = [row for row in rows if "rank" in row]
+    if len(evaluations) > 1 and rows[-1] is evaluations[-1] and not warming_up:
+        first, last = evaluations[0], evaluations[-1]
+        if last["rank"] < first["rank"] / 4:
+            return f"the features collapse: RankMe fell from {first['rank']:.1f} to {last['rank']:.1f}"
+        if last.get("knn", 1) < last.get("knn_init", 0):
+            return f"k-NN accuracy {last['knn']:.3f} is below that of random weights, {last['knn_init']:.3f}"
+    window = [row for row in rows if "loss" in row][-max(2, steps // (25 * config["log_every"])) :]
+
+    def always(name, low, high):
+        return len(window) > 1 and all(low <= row.get(name, math.inf) <= high for row in window)
 
     uniform = math.log(config.get("out_dim", 2))
     if always("teacher_entropy", 0.99 * uniform, uniform + 1):
-        return f"the teacher is uniform over the prototypes (teacher_entropy is ln out_dim = {uniform:.3f}): sharpen it, tau_t < tau_s"
+        return f"the teacher is uniform over the prototypes (teacher_entropy is {uniform:.3f}): sharpen it"
     if always("teacher_entropy", 0, 0.01 * uniform):
         return "the teacher puts every image on one prototype (teacher_entropy is 0): is centering on?"
     if always("kl", -1, 0.01):
-        return f"every image has the same output (kl between teacher and student is {rows[-1]['kl']:.2g}): sharpen or center"
-    warm = rows[-1].get("epoch", 0) < config["warmup_epochs"]  # at a learning rate near 0 nothing moves yet
-    if not warm and always("ce", 0.99 * uniform, 1.01 * uniform):
+        return f"every image has the same output (kl is {rows[-1]['kl']:.2g}): sharpen or center the teacher"
+    if not warming_up and always("ce", 0.99 * uniform, 1.01 * uniform):
         return f"ce is stuck at ln out_dim = {uniform:.3f}, the loss of a student that knows nothing"
     if rows[-1].get("feature_std", 1) < 0.01:
         return f"all images have the same features (feature_std is {rows[-1]['feature_std']:.2g})"
@@ -81,8 +101,11 @@ def collapse(rows, steps, config):
 
 @torch.no_grad()
 def correlation_meters(z1, z2):
-    """c_diag, c_off: mean of the diagonal, mean size off it, of the cross-correlation of two projections [b d]."""
+    """c_diag, c_off: mean of the diagonal of C, and mean size off it, of two projections [b d]."""
     z1, z2 = (z - global_mean(z.mean(0)) for z in (z1, z2))
     z1, z2 = (z / (global_mean(z.square().mean(0)) + 1e-5).sqrt() for z in (z1, z2))
     c, d = global_mean(z1.T @ z2 / len(z1)), z1.shape[1]
-    return {"c_diag": c.diagonal().mean(), "c_off": (c.abs().sum() - c.diagonal().abs().sum()) / max(d * d - d, 1)}
+    return {
+        "c_diag": c.diagonal().mean(),
+        "c_off": (c.abs().sum() - c.diagonal().abs().sum()) / max(d * d - d, 1),
+    }

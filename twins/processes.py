@@ -39,19 +39,23 @@ def only_rank_0_prints():
 
 
 def setup(device, dtype, seed):
-    """Seeds torch, joins the processes of torchrun. Returns the torch.device and the autocast context of a run.
+    """Seeds torch, joins torchrun's processes; returns the torch.device and the autocast context of a run.
 
     Raises UserError for a device or precision that this machine does not have.
     """
     torch.manual_seed(seed)
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     if device == "cuda" and under_torchrun():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.zeros((), device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device={device} does not work here ({first_line(error)}): try --device=cpu") from None
+        raise UserError(
+            f"--device={device} does not work here ({first_line(error)}): try --device=cpu"
+        ) from None
     if dtype == "auto":
         dtype = "bfloat16" if computes_bfloat16(device) else "float32"
     torch.set_default_dtype(torch.float64 if dtype == "float64" else torch.float32)
@@ -69,7 +73,7 @@ def setup(device, dtype, seed):
 
 
 def computes_bfloat16(device):
-    """True where bfloat16 products are computed by the hardware: elsewhere they are emulated, slower than float32."""
+    """True where the hardware computes bfloat16 products; elsewhere they are slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -85,12 +89,12 @@ def leave_group():
 
 
 def seed_step(seed, step):
-    """Makes torch's random numbers of a step a function of (seed, step), so that a resumed run is bit-identical."""
+    """Makes torch's random numbers a function of (seed, step), so that a resumed run is bit-identical."""
     torch.manual_seed(int(np.random.SeedSequence((seed, 2, step)).generate_state(1, np.uint64)[0]))
 
 
 class MeanOverProcesses(torch.autograd.Function):
-    """all_reduce has no gradient. Averaging the gradients here as well makes DistributedDataParallel's mean the true one."""
+    """all_reduce has no gradient. With gradients averaged here, DistributedDataParallel is exact."""
 
     @staticmethod
     def forward(ctx, x):
@@ -109,7 +113,7 @@ def global_mean(x):
 
 
 class BatchNorm1d(torch.nn.BatchNorm1d):
-    """BatchNorm with the statistics of the whole batch over all processes, in training and evaluation. x [n d]."""
+    """BatchNorm with the statistics of the batch of all processes, in training and evaluation. x [n d]."""
 
     def __init__(self, dim):
         super().__init__(dim, track_running_stats=False)
@@ -183,13 +187,13 @@ def excepthook(kind, error, trace):
         print(f"error on rank {number}: {error}" if number else f"error: {error}", file=sys.stderr)
     elif rank_was_lost(error):
         print(
-            f"error: rank {number} stops because another process of this run ended or hangs ({first_line(error)}); "
+            f"error: rank {number} stops, another process of this run ended or hangs ({first_line(error)}); "
             "ckpt.pt is unchanged since the last save, continue with --resume=True",
             file=sys.stderr,
         )
     elif issubclass(kind, torch.OutOfMemoryError):
         print(
-            f"error: {first_line(error)}\nckpt.pt is unchanged since the last save; a smaller --batch_size needs less memory",
+            f"error: {first_line(error)}\nthe last ckpt.pt is unchanged; a smaller --batch_size needs less memory",
             file=sys.stderr,
         )
     elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):

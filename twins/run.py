@@ -1,6 +1,5 @@
 """A run: its folder with options, log, checkpoints and pictures; its progress bar; how it stops."""
 
-import importlib
 import io
 import json
 import math
@@ -22,19 +21,21 @@ from tqdm import tqdm
 from twins.decoding import locked
 from twins.errors import UserError, first_line
 from twins.files import git_state, load_checkpoint, write_file
+from twins.loggers import start_logger
 from twins.monitor import collapse
-from twins.pictures import curves_picture
+from twins.pictures import crops_picture, curves_picture
 from twins.processes import rank, to_numbers, world
 
 LONG = 3600  # seconds of a run on a CPU that are worth a word
 
 
 class Run:
-    """A run's folder: config.json, script.py, log.jsonl, ckpt.pt, curves.png, export/; its progress bar and its end.
+    """A run's folder (config.json, script.py, log.jsonl, ckpt.pt, curves.png, export/), progress bar and end.
 
-    script: the path of the training script. state: a dict of any names, what a checkpoint holds: modules, optimizers, tensors.
-    backbone: the module in one of them that evaluations and export/ use. `start` is the first step to do: 0, or where the resumed
-    run stopped. A signal (Ctrl-C, SIGTERM, SIGHUP) sets `stop`, and the loop ends after its step.
+    script: the path of the training script. state: a dict of any names, what a checkpoint holds: modules,
+    optimizers, tensors. backbone: the module in one of them that evaluations and export/ use. `start` is the
+    first step to do: 0, or where the resumed run stopped. A signal (Ctrl-C, SIGTERM, SIGHUP) sets `stop`, and
+    the loop ends after its step.
     """
 
     def __init__(self, script, config, steps, state, backbone, device):
@@ -48,15 +49,24 @@ class Run:
         if config["resume"]:
             self.restore()
         self.logger = start_logger(config) if rank() == 0 else None
-        about = {"script": self.script.stem, "backbone": self.backbone_name, "device_name": self.device_name, **git_state()}
+        about = {
+            "script": self.script.stem,
+            "backbone": self.backbone_name,
+            "device_name": self.device_name,
+            **git_state(),
+        }
         about["versions"] = {module.__name__: module.__version__ for module in (torch, np, einops)}
         about["versions"]["python"] = sys.version.split()[0]
         self.write("config.json", json.dumps({**config, **about}, indent=1))
         self.write("script.py", self.script.read_text(encoding="utf-8"))
         self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.bar = tqdm(total=steps, initial=self.start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15)
+        self.bar = tqdm(
+            total=steps, initial=self.start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15
+        )
         self.shown, self.clock, self.clock_step, self.first_step_done = {}, time.time(), self.start, 0.0
-        self.signals = dist.new_group(backend="gloo") if world() > 1 else None  # on the CPU: no step waits for it
+        self.signals = (
+            dist.new_group(backend="gloo") if world() > 1 else None
+        )  # on the CPU: no step waits for it
         self.handlers = {}
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -105,13 +115,17 @@ class Run:
             write_file(self.dir / name, content, previous and self.dir / previous)
 
     def row(self, step, **values):
-        """The start of a log row: finite numbers, images/s since the last row, peak memory of a GPU. Raises UserError for a NaN."""
+        """Starts a log row: numbers, images/s since the last row, peak memory. Raises UserError for a NaN."""
         row = to_numbers(values)
         bad = next((name for name, value in row.items() if not math.isfinite(value)), None)
         if bad:
-            sound = "ckpt.pt holds the last sound step" if (self.dir / "ckpt.pt").exists() else "nothing was saved yet"
+            sound = (
+                "ckpt.pt holds the last sound step"
+                if (self.dir / "ckpt.pt").exists()
+                else "nothing was saved yet"
+            )
             raise UserError(
-                f"{bad} is {row[bad]} at step {step}; {self.dir}: {sound}. A lower --base_lr or --dtype=float32 may help"
+                f"{bad} is {row[bad]} at step {step}; {self.dir}: {sound}. A lower --base_lr may help"
             )
         now = time.time()
         self.seconds += now - self.clock
@@ -123,7 +137,7 @@ class Run:
         return row
 
     def log(self, step, row):
-        """Adds a row of any scalars to log.jsonl, the logger and the bar; `knn_init` to a row of an evaluation."""
+        """Adds a row of any scalars to log.jsonl, the logger and the bar; an evaluation gets `knn_init`."""
         row = {"step": step, **to_numbers(row)}
         if "knn" in row:
             row["knn_init"] = next((r["knn_init"] for r in self.rows if "knn_init" in r), row["knn"])
@@ -138,26 +152,48 @@ class Run:
         if warning:
             self.said.add("collapse")
             self.bar.write(f"warning at step {step}: {warning}")
-        self.shown.update({name: f"{row[name]:.3g}" for name in ("loss", "images_per_s", "knn") if name in row})
+        self.shown.update(
+            {name: f"{row[name]:.3g}" for name in ("loss", "images_per_s", "knn") if name in row}
+        )
         self.bar.set_postfix(self.shown, refresh=False)
         self.clock, self.clock_step = time.time(), step  # the time of evaluations does not count
+
+    def draw_crops(self, images, views):
+        """crops.png: images uint8 [b 3 s s] and their views, a list of [b 3 v v]."""
+        names = [f"view {v + 1}, {view.shape[-1]} pixels" for v, view in enumerate(views)]
+        with self.attempt("crops.png"):
+            self.write("crops.png", crops_picture(images, views, names))
 
     def attempt(self, what):
         return Attempt(self, what)
 
     def save(self, step):
-        """ckpt.pt, then export/ and curves.png. Raises UserError rather than save a NaN; a full disk is told and training goes on."""
+        """ckpt.pt, export/, curves.png. A full disk is told, training goes on. Raises UserError for a NaN."""
         state = {}
         for name, value in self.state.items():
             state[name] = value.state_dict() if hasattr(value, "state_dict") else value
-            tensors = [x for x in tree_leaves(state[name]) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+            tensors = [
+                x for x in tree_leaves(state[name]) if isinstance(x, torch.Tensor) and x.is_floating_point()
+            ]
             if not all(x.isfinite().all() for x in tensors):
-                raise UserError(f"the {name} is not finite at step {step}: not saved; an earlier {self.dir}/ckpt.pt is sound")
+                raise UserError(
+                    f"the {name} is not finite at step {step}: not saved; {self.dir}/ckpt.pt is older"
+                )
         if rank():
             return
-        known = {"name": self.backbone_name, "module": type(self.backbone).__module__, "class": type(self.backbone).__name__}
+        known = {
+            "name": self.backbone_name,
+            "module": type(self.backbone).__module__,
+            "class": type(self.backbone).__name__,
+        }
         known["args"] = getattr(self.backbone, "args", None)
-        saved = {"script": self.script.stem, "step": step, "seconds": self.seconds, "config": self.config, "backbone": known}
+        saved = {
+            "script": self.script.stem,
+            "step": step,
+            "seconds": self.seconds,
+            "config": self.config,
+            "backbone": known,
+        }
         buffer = io.BytesIO()
         torch.save({**saved, **state}, buffer)
         try:
@@ -173,7 +209,9 @@ class Run:
 
     def export(self, step):
         """export/: the backbone alone, as safetensors under timm's names, and how timm builds it."""
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.backbone.state_dict().items()}
+        tensors = {
+            name: value.detach().cpu().contiguous() for name, value in self.backbone.state_dict().items()
+        }
         about = {"script": self.script.stem, "step": step, "backbone": self.backbone_name}
         about.update({name: self.config[name] for name in ("dataset", "data_dir", "seed")})
         if hasattr(self.backbone, "timm_args"):
@@ -186,10 +224,14 @@ class Run:
         saved, path, problem = load_checkpoint(self.dir, self.device)
         try:
             for name, value in self.state.items():
-                value.copy_(saved[name]) if isinstance(value, torch.Tensor) else value.load_state_dict(saved[name])
+                value.copy_(saved[name]) if isinstance(value, torch.Tensor) else value.load_state_dict(
+                    saved[name]
+                )
         except (RuntimeError, ValueError, KeyError) as error:
             changed = [k for k, v in saved["config"].items() if self.config.get(k) != v and k != "resume"]
-            raise UserError(f"{path} does not fit; options that differ from its run: {changed} ({first_line(error)})") from None
+            raise UserError(
+                f"{path} does not fit; options that differ from its run: {changed} ({first_line(error)})"
+            ) from None
         self.start, self.seconds = saved["step"], saved["seconds"]
         log = self.dir / "log.jsonl"
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
@@ -206,7 +248,7 @@ class Run:
         print(f"resumed {path} at step {self.start}")
 
     def finish(self):
-        """Closes the bar, prints the results or how to resume; exits if a signal asked for it or the last save failed."""
+        """Closes the bar, prints the results or how to resume; exits after a signal. UserError if unsaved."""
         step = self.bar.n
         self.bar.close()
         for number, handler in self.handlers.items():
@@ -217,13 +259,18 @@ class Run:
             raise UserError(f"the run ended at step {step} but its last save failed: {self.unsaved}")
         if self.stop and step < self.steps:
             out_dir = shlex.quote(str(self.dir))
-            print(f"stopped at step {step} and saved; continue with: python {sys.argv[0]} --out_dir={out_dir} --resume=True")
+            print(
+                f"stopped at step {step} and saved; continue with: "
+                f"python {sys.argv[0]} --out_dir={out_dir} --resume=True"
+            )
             sys.exit(128 + self.stop)
         print(f"\n| {self.script.stem} on {self.config['dataset']} | |\n|---|---|")
         result = {**self.rows[-1], "minutes of training": self.seconds / 60, "seed": self.config["seed"]}
         for name, value in result.items():
             print(f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |")
-        print(f"| device | {self.device_name} |\n\nin {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")
+        print(
+            f"| device | {self.device_name} |\n\nin {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/"
+        )
 
 
 class Attempt:
@@ -240,33 +287,16 @@ class Attempt:
             return False
         if self.what not in self.run.said:
             self.run.said.add(self.what)
-            self.run.bar.write(f"warning: {self.what} fails, training goes on ({type(error).__name__}: {first_line(error)})")
+            self.run.bar.write(
+                f"warning: {self.what} fails, training goes on ({type(error).__name__}: {first_line(error)})"
+            )
         return True
 
 
 def name_in(state, backbone):
-    """The backbone's name among what a checkpoint holds, such as teacher.backbone. Raises UserError if it is not there."""
+    """The backbone's name in the checkpoint, such as teacher.backbone. Raises UserError if it is not there."""
     for name, value in state.items():
         for inner, module in value.named_modules() if isinstance(value, torch.nn.Module) else ():
             if module is backbone:
                 return f"{name}.{inner}".rstrip(".")
     raise UserError("the backbone to evaluate is in none of the modules that the run's checkpoint holds")
-
-
-def start_logger(config):
-    """A function that sends a row of log.jsonl to --logger as well. Raises UserError for one that is not installed."""
-    name, out_dir = config["logger"], config["out_dir"]
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(out_dir)
-            return lambda row: [writer.add_scalar(key, value, row["step"]) for key, value in row.items()]
-        if name:  # wandb, and trackio, which has the same functions
-            library = importlib.import_module(name)
-            os.environ.setdefault("WANDB_DIR", out_dir)
-            library.init(project="dino-twins", name=Path(out_dir).name, config=config)
-            return lambda row: library.log(row, step=row["step"])
-    except ImportError:
-        raise UserError(f"--logger={name} needs a package that is not installed: pip install {name}") from None
-    return lambda row: None

@@ -1,0 +1,28 @@
+"""Where rows of log.jsonl go besides the file: tensorboard, wandb, trackio."""
+
+import importlib
+import os
+from pathlib import Path
+
+from twins.errors import UserError
+
+
+def start_logger(config):
+    """A function that sends a row of log.jsonl to --logger. Raises UserError if that is not installed."""
+    name, out_dir = config["logger"], config["out_dir"]
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(out_dir)
+            return lambda row: [writer.add_scalar(key, value, row["step"]) for key, value in row.items()]
+        if name:  # wandb, and trackio, which has the same functions
+            library = importlib.import_module(name)
+            os.environ.setdefault("WANDB_DIR", out_dir)
+            library.init(project="dino-twins", name=Path(out_dir).name, config=config)
+            return lambda row: library.log(row, step=row["step"])
+    except ImportError:
+        raise UserError(
+            f"--logger={name} needs a package that is not installed: pip install {name}"
+        ) from None
+    return lambda row: None
