@@ -1,12 +1,11 @@
 """Barlow Twins: redundancy reduction (Zbontar et al., 2103.03230), with a ViT.
 
-X1, X2 are random views of an image, Z1, Z2 their projections, z1, z2 those with columns standardised over the
-batch:
+X1, X2 are random views of an image, Z1, Z2 their projections; z1, z2 have columns standardised over the batch:
 
     C = z1^T z2 / B    L = CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D
 
 Each view goes through the projector alone, as in the official code: its BatchNorm sees one view. The division
-by D is ours. No teacher, no temperatures; AdamW, for LARS collapses with a ViT.
+by D is ours. AdamW, for LARS collapses with a ViT.
 
     python barlow.py --dataset=shapes                        a few minutes on two CPU cores
     python barlow.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 pixels
@@ -184,10 +183,8 @@ if __name__ == "__main__":
     batches = Batches(data.images, train_indices, batch_size, seed, device, memory_gib)
     steps_per_epoch = len(train_indices) // batch_size
     steps = max_steps or epochs * steps_per_epoch
-    crops = [
-        Crop(image_size, global_scale, blur=1.0 * blur),
-        Crop(image_size, global_scale, blur=0.1 * blur, solarize=0.2),
-    ]
+    crops = [Crop(image_size, global_scale, blur=1.0 * blur)]
+    crops += [Crop(image_size, global_scale, blur=0.1 * blur, solarize=0.2)]
     crops += [Crop(local_size, local_scale, blur=0.5 * blur)] * n_local
 
     # --- method
@@ -211,10 +208,9 @@ if __name__ == "__main__":
     for step in range(run.start, steps):
         seed_step(seed, step)
         epoch = step / steps_per_epoch
+        lr = cosine(base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch)
         for group in optimizer.param_groups:
-            group["lr"] = cosine(
-                base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch
-            )
+            group["lr"] = lr
         optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)
         views = multi_crop(batches(step), crops, seed, step)
 
@@ -235,9 +231,7 @@ if __name__ == "__main__":
         run.update()
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:
-            row = run.row(
-                done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"]
-            )
+            row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=lr)
             # --- method
             row.update(correlation_meters(z[0], z[1]))
             # --- end method

@@ -1,14 +1,12 @@
 """DINO: self-distillation with no labels (Caron et al., 2104.14294), with a ViT.
 
-X1, X2 are random views of an image, smaller local ones beside them. The student sees all, the teacher X1 and
-X2. The teacher is the exponential moving average (EMA) of the student and gets no gradient (sg =
-stop-gradient):
+X1, X2 are random views of an image, local ones beside them; the student sees all, the teacher X1 and X2.
+The teacher is the exponential moving average (EMA) of the student, without gradient (sg = stop-gradient):
 
     P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)    CE = H(P_t, P_s)
     L = mean of CE over pairs of different views, the teacher's and the student's
 
-As in the official code, step for step, but for epsilon 1e-6 in the L2 bottleneck (1e-12 there: gradients up
-to 1e12).
+As the official code step for step, but for epsilon 1e-6 (there 1e-12) in the L2 bottleneck.
 
     python dino.py --dataset=shapes                        a few minutes on two CPU cores
     python dino.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 + 6 x 16 pixels
@@ -225,10 +223,8 @@ if __name__ == "__main__":
     batches = Batches(data.images, train_indices, batch_size, seed, device, memory_gib)
     steps_per_epoch = len(train_indices) // batch_size
     steps = max_steps or epochs * steps_per_epoch
-    crops = [
-        Crop(image_size, global_scale, blur=1.0 * blur),
-        Crop(image_size, global_scale, blur=0.1 * blur, solarize=0.2),
-    ]
+    crops = [Crop(image_size, global_scale, blur=1.0 * blur)]
+    crops += [Crop(image_size, global_scale, blur=0.1 * blur, solarize=0.2)]
     crops += [Crop(local_size, local_scale, blur=0.5 * blur)] * n_local
 
     # --- method
@@ -255,10 +251,9 @@ if __name__ == "__main__":
     for step in range(run.start, steps):
         seed_step(seed, step)
         epoch = step / steps_per_epoch
+        lr = cosine(base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch)
         for group in optimizer.param_groups:
-            group["lr"] = cosine(
-                base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch
-            )
+            group["lr"] = lr
         optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)
         views = multi_crop(batches(step), crops, seed, step)
 
@@ -292,9 +287,7 @@ if __name__ == "__main__":
         run.update()
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:
-            row = run.row(
-                done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"]
-            )
+            row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=lr)
             # --- method
             row.update(teacher_entropy=entropy(p_t), kl=ce - entropy(p_t))
             row.update(correlation_meters(z_s[1], z_t[0]))

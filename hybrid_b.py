@@ -1,15 +1,13 @@
 """Hybrid B: Barlow Twins' cross-correlation (CC) of two views, DINO's cross-entropy (CE) against a third.
 
-X1, X2, X3 are random views of an image, smaller local ones beside them. The student sees all but X3, the
-teacher X3 alone. The teacher is the exponential moving average (EMA) of the student and gets no gradient (sg
-= stop-gradient):
+X1, X2, X3 are random views, local ones beside them; the student sees all but X3, the teacher X3 alone.
+The teacher is the exponential moving average (EMA) of the student, without gradient (sg = stop-gradient):
 
-    P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)  CE = H(P_t, P_s)    DINO, 2104.14294
-    C = z1^T z2 / B    CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D    Barlow Twins, 2103.03230
+    P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)    CE = H(P_t, P_s)
+    C = z1^T z2 / B    CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D
     L = mean of CE over the student's views + alpha CC(Z1, Z2), with gradient through Z1 and Z2
 
-z1, z2 are projections with columns standardised over the batch. Dividing by D is ours: alpha means the same
-for any D.
+z1, z2: columns standardised over the batch (Zbontar et al., 2103.03230). The division by D is ours.
 
     python hybrid_b.py --dataset=shapes                        a few minutes on two CPU cores
     python hybrid_b.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 3 x 32 + 6 x 16 pixels
@@ -259,10 +257,8 @@ if __name__ == "__main__":
     batches = Batches(data.images, train_indices, batch_size, seed, device, memory_gib)
     steps_per_epoch = len(train_indices) // batch_size
     steps = max_steps or epochs * steps_per_epoch
-    crops = [
-        Crop(image_size, global_scale, blur=1.0 * blur),
-        Crop(image_size, global_scale, blur=0.1 * blur, solarize=0.2),
-    ]
+    crops = [Crop(image_size, global_scale, blur=1.0 * blur)]
+    crops += [Crop(image_size, global_scale, blur=0.1 * blur, solarize=0.2)]
     crops += [Crop(local_size, local_scale, blur=0.5 * blur)] * n_local
 
     # --- method
@@ -289,10 +285,9 @@ if __name__ == "__main__":
     for step in range(run.start, steps):
         seed_step(seed, step)
         epoch = step / steps_per_epoch
+        lr = cosine(base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch)
         for group in optimizer.param_groups:
-            group["lr"] = cosine(
-                base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch
-            )
+            group["lr"] = lr
         optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)
         views = multi_crop(batches(step), crops, seed, step)
 
@@ -328,9 +323,7 @@ if __name__ == "__main__":
         run.update()
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:
-            row = run.row(
-                done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=optimizer.param_groups[0]["lr"]
-            )
+            row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=lr)
             # --- method
             row.update(teacher_entropy=entropy(p_t), kl=ce - entropy(p_t))
             row.update(correlation_meters(z_s_cc[0], z_s_cc[1]))

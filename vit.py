@@ -1,4 +1,4 @@
-"""Vision Transformer by hand, with einops and timm's parameter names. Copy it anywhere: it needs no other file.
+"""Vision Transformer by hand, with einops and timm's parameter names. Needs no other file of ours.
 
 An image is cut into patches of p x p pixels, each a token; a [CLS] token and registers, if any, stand before
 them; `depth` pre-norm blocks of attention and MLP follow (Dosovitskiy et al., 2010.11929). As in DINO (Caron

@@ -55,7 +55,7 @@ def git_state():
 
 
 def load_pickle(path, device="cpu"):
-    """A dict written by torch.save; checksums are verified, no code is run. Raises UserError for other files."""
+    """A dict written by torch.save; checksums are verified, no code runs. Raises UserError otherwise."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums

@@ -26,7 +26,7 @@ def features(backbone, images, indices, device, autocast, batch_size=500):
 
 
 def knn(bank, bank_labels, queries, k=20, temperature=0.07):
-    """Weighted k-NN (Wu et al., 1805.01978): features [n d], labels int64 [n], queries [m d] -> votes [m classes].
+    """Weighted k-NN (Wu et al., 1805.01978): features [n d], labels [n], queries [m d] -> votes [m classes].
 
     A query's k nearest bank images by cosine vote with weight exp(cosine / temperature); the answer is the
     argmax.
@@ -40,7 +40,7 @@ def knn(bank, bank_labels, queries, k=20, temperature=0.07):
 
 
 def evaluate(backbone, data, bank, queries, device, autocast):
-    """One evaluation row: knn (share of the queries that are right, absent without labels), feature_std, rank.
+    """One evaluation row: knn (accuracy on the queries, absent without labels), feature_std, rank.
 
     data: Split; bank, queries: rows of it, int64 [m]. feature_std is the mean column's std of L2-normalised
     features times sqrt(d), 1 when they fill the sphere and 0 when they collapse (SimSiam, 2011.10566); rank
@@ -64,11 +64,11 @@ def entropy(p):
 
 
 def collapse(rows, steps, config):
-    """One sentence if the log shows features that collapse, else ''. rows: the log so far; config: the run's options.
+    """One sentence if a run's log shows features that collapse, else ''. config: the run's options.
 
-    Signs in the last evaluation: RankMe below a quarter of its first value, or k-NN below that of random
-    weights after the learning-rate warm-up. Signs in the last rows, 4 % of the run and two at least: a
-    uniform, constant or copied teacher.
+    Signs in evaluations, after the learning-rate warm-up: RankMe below a quarter of its first value, or k-NN
+    below that of random weights twice in a row. Signs in the last rows, 4 % of the run and two at least: a
+    teacher that is uniform, constant or the same as the student.
     """
     if not rows:
         return ""
@@ -78,8 +78,9 @@ def collapse(rows, steps, config):
         first, last = evaluations[0], evaluations[-1]
         if last["rank"] < first["rank"] / 4:
             return f"the features collapse: RankMe fell from {first['rank']:.1f} to {last['rank']:.1f}"
-        if last.get("knn", 1) < last.get("knn_init", 0):
-            return f"k-NN accuracy {last['knn']:.3f} is below that of random weights, {last['knn_init']:.3f}"
+        low = [row for row in evaluations[1:] if row.get("knn", 1) < row.get("knn_init", 0)]
+        if low[-2:] == evaluations[-2:]:
+            return f"k-NN accuracy {last['knn']:.3f} stays below random weights' {last['knn_init']:.3f}"
     window = [row for row in rows if "loss" in row][-max(2, steps // (25 * config["log_every"])) :]
 
     def always(name, low, high):

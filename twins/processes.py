@@ -193,7 +193,7 @@ def excepthook(kind, error, trace):
         )
     elif issubclass(kind, torch.OutOfMemoryError):
         print(
-            f"error: {first_line(error)}\nthe last ckpt.pt is unchanged; a smaller --batch_size needs less memory",
+            f"error: {first_line(error)}; ckpt.pt is unchanged; a smaller --batch_size needs less memory",
             file=sys.stderr,
         )
     elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):

@@ -268,9 +268,8 @@ class Run:
         result = {**self.rows[-1], "minutes of training": self.seconds / 60, "seed": self.config["seed"]}
         for name, value in result.items():
             print(f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |")
-        print(
-            f"| device | {self.device_name} |\n\nin {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/"
-        )
+        print(f"| device | {self.device_name} |\n")
+        print(f"in {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")
 
 
 class Attempt:
@@ -294,7 +293,7 @@ class Attempt:
 
 
 def name_in(state, backbone):
-    """The backbone's name in the checkpoint, such as teacher.backbone. Raises UserError if it is not there."""
+    """The backbone's name in the checkpoint, such as teacher.backbone. Raises UserError if it has none."""
     for name, value in state.items():
         for inner, module in value.named_modules() if isinstance(value, torch.nn.Module) else ():
             if module is backbone:
