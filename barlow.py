@@ -1,6 +1,6 @@
 """Barlow Twins: redundancy reduction (Zbontar et al., 2103.03230), with a ViT.
 
-X1, X2 are random views of an image, Z1, Z2 their projections; z1, z2 have columns standardised over the batch:
+X1, X2 are random views of an image, Z1, Z2 their projections; z1, z2: columns standardised over the batch:
 
     C = z1^T z2 / B    L = CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D
 
@@ -14,15 +14,14 @@ Letters in shapes:  b images  v views  d width of Z or of the ViT
 """
 
 import math
-from itertools import groupby
 
 import torch
 from torch import nn
 
-from data import Batches, Crop, load, multi_crop, training_split
+from data import Batches, Crop, load, multi_crop, training_split, view_features
 from twins.keys import configure
 from twins.monitor import correlation_meters, evaluate
-from twins.processes import BatchNorm1d, batch_rand, distributed, global_mean, seed_step, setup, to_float32
+from twins.processes import BatchNorm1d, distributed, global_mean, seed_step, setup, to_float32
 from twins.run import Run
 from vit import ViT, check_size
 
@@ -120,18 +119,8 @@ class Network(nn.Module):
         self.projector = projector(dim)
 
     def forward(self, views):
-        features = backbone_features(self.backbone, views)
+        features = view_features(self.backbone, views)
         return torch.stack([to_float32(self.projector(x)) for x in features.chunk(len(views))])
-
-
-def backbone_features(backbone, views):
-    """Views, a list of [b 3 s s] -> [CLS] features "(v b) d"; one pass of the ViT for each size."""
-    features = []
-    for _, group in groupby(views, key=lambda x: x.shape[-1]):
-        x = torch.cat(list(group))
-        noise = batch_rand(2 * depth, len(x), len(views[0]), x.device) if backbone.drop_path else None
-        features.append(backbone(x, noise))
-    return torch.cat(features)
 
 
 def standardise(z):
@@ -201,8 +190,7 @@ if __name__ == "__main__":
         run.draw_crops(batches(0)[:6], multi_crop(batches(0)[:6], crops, seed, 0))
         run.log(0, {"epoch": 0.0, **evaluate(eval_backbone, data, bank, queries, device, autocast)})
     if compile:
-        for module in (value for value in state.values() if isinstance(value, nn.Module)):
-            module.compile(options={"fallback_random": True})  # draws the random numbers of a run without it
+        run.compile()
 
     model = distributed(student)
     for step in range(run.start, steps):

@@ -10,6 +10,7 @@ Letters in shapes:  b images  n data set  s image side  v side of a view  i rows
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 from twins.datasets import constant, from_bytes, load, normalise, to_device  # noqa: F401 - load is for the scripts
 from twins.errors import UserError
-from twins.processes import shard, world
+from twins.processes import batch_rand, shard, world
 
 
 def training_split(data, knn_bank, knn_queries, batch_size):
@@ -88,6 +89,21 @@ def batch_indices(n, batch_size, seed, step):
     """Which images step `step` sees, [b]: every epoch a new order, what does not fill a batch left out."""
     epoch, i = divmod(step, n // batch_size)
     return epoch_order(n, seed, epoch)[i * batch_size : (i + 1) * batch_size]
+
+
+def view_features(backbone, views):
+    """A ViT's [CLS] features "(v b) d" of views, a list of [b 3 s s]; views of one size go through it together.
+
+    Drop path gets the random numbers that one process would draw for the whole batch.
+    """
+    features = []
+    for _, same_size in groupby(views, key=lambda view: view.shape[-1]):
+        x = torch.cat(list(same_size))
+        noise = None
+        if backbone.training and backbone.drop_path:
+            noise = batch_rand(2 * len(backbone.blocks), len(x), len(views[0]), x.device)
+        features.append(backbone(x, noise))
+    return torch.cat(features)
 
 
 @torch.no_grad()

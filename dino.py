@@ -15,17 +15,16 @@ Letters in shapes:  b images  u teacher views  v student views  k prototypes  d 
 """
 
 import math
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from data import Batches, Crop, load, multi_crop, training_split
+from data import Batches, Crop, load, multi_crop, training_split, view_features
 from twins.keys import configure
 from twins.monitor import correlation_meters, entropy, evaluate
-from twins.processes import BatchNorm1d, batch_rand, distributed, global_mean, seed_step, setup, to_float32
+from twins.processes import BatchNorm1d, distributed, global_mean, seed_step, setup, to_float32
 from twins.run import Run
 from vit import ViT, check_size, init_weights
 
@@ -161,19 +160,9 @@ class Network(nn.Module):
         self.head = Head(dim)
 
     def forward(self, views):
-        features = backbone_features(self.backbone, views)
+        features = view_features(self.backbone, views)
         z = to_float32(self.head(features))
         return rearrange(z, "(v b) k -> v b k", v=len(views))
-
-
-def backbone_features(backbone, views):
-    """Views, a list of [b 3 s s] -> [CLS] features "(v b) d"; one pass of the ViT for each size."""
-    features = []
-    for _, group in groupby(views, key=lambda x: x.shape[-1]):
-        x = torch.cat(list(group))
-        noise = batch_rand(2 * depth, len(x), len(views[0]), x.device) if backbone.drop_path else None
-        features.append(backbone(x, noise))
-    return torch.cat(features)
 
 
 def cross_entropy(p_t, z_s, tau_s):
@@ -244,8 +233,7 @@ if __name__ == "__main__":
         run.draw_crops(batches(0)[:6], multi_crop(batches(0)[:6], crops, seed, 0))
         run.log(0, {"epoch": 0.0, **evaluate(eval_backbone, data, bank, queries, device, autocast)})
     if compile:
-        for module in (value for value in state.values() if isinstance(value, nn.Module)):
-            module.compile(options={"fallback_random": True})  # draws the random numbers of a run without it
+        run.compile()
 
     model = distributed(student)
     for step in range(run.start, steps):

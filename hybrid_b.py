@@ -16,17 +16,16 @@ Letters in shapes:  b images  u teacher views  v student views  k prototypes  d 
 """
 
 import math
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from data import Batches, Crop, load, multi_crop, training_split
+from data import Batches, Crop, load, multi_crop, training_split, view_features
 from twins.keys import configure
 from twins.monitor import correlation_meters, entropy, evaluate
-from twins.processes import BatchNorm1d, batch_rand, distributed, global_mean, seed_step, setup, to_float32
+from twins.processes import BatchNorm1d, distributed, global_mean, seed_step, setup, to_float32
 from twins.run import Run
 from vit import ViT, check_size, init_weights
 
@@ -84,7 +83,7 @@ centering = True  # subtract the running mean of the teacher's Z
 center_momentum = 0.9  # of that running mean [0..1]
 ema = 0.996  # momentum of the teacher at the start; 0: the teacher is the current student [0..1]
 ema_end = 1.0  # momentum of the teacher at the end of its cosine schedule [0..1]
-alpha = 5.0  # weight of CC beside CE; 0: CE alone [0..]
+alpha = 20.0  # weight of CC beside CE; 0: CE alone [0..]
 lambd = 0.005  # weight of C's off-diagonal [0..]
 cc_local = False  # CC of the local views as well
 head = "shared"  # one Z for both losses, or a Barlow projector of its own for CC [shared|two]
@@ -114,7 +113,6 @@ PRESETS = {
         "tau_t": 0.04,
         "tau_t_warmup_epochs": 0.0,
         "ema": 0.8,
-        "alpha": 20.0,
         # --- end method
     },
     "small": {
@@ -131,7 +129,6 @@ PRESETS = {
         "tau_t_warmup_epochs": 0.0,
         "ema": 0.97,
         "freeze_last_layer_epochs": 0.2,
-        "alpha": 20.0,
         # --- end method
     },
 }
@@ -178,22 +175,12 @@ class Network(nn.Module):
         self.projector = projector(dim) if head == "two" else None
 
     def forward(self, views):
-        features = backbone_features(self.backbone, views)
+        features = view_features(self.backbone, views)
         z = to_float32(self.head(features))
         z_ce = z_cc = rearrange(z, "(v b) k -> v b k", v=len(views))
         if self.projector is not None:  # BatchNorm sees each view alone
             z_cc = torch.stack([to_float32(self.projector(x)) for x in features.chunk(len(views))])
         return z_ce, z_cc
-
-
-def backbone_features(backbone, views):
-    """Views, a list of [b 3 s s] -> [CLS] features "(v b) d"; one pass of the ViT for each size."""
-    features = []
-    for _, group in groupby(views, key=lambda x: x.shape[-1]):
-        x = torch.cat(list(group))
-        noise = batch_rand(2 * depth, len(x), len(views[0]), x.device) if backbone.drop_path else None
-        features.append(backbone(x, noise))
-    return torch.cat(features)
 
 
 def cross_entropy(p_t, z_s, tau_s):
@@ -278,8 +265,7 @@ if __name__ == "__main__":
         run.draw_crops(batches(0)[:6], multi_crop(batches(0)[:6], crops, seed, 0))
         run.log(0, {"epoch": 0.0, **evaluate(eval_backbone, data, bank, queries, device, autocast)})
     if compile:
-        for module in (value for value in state.values() if isinstance(value, nn.Module)):
-            module.compile(options={"fallback_random": True})  # draws the random numbers of a run without it
+        run.compile()
 
     model = distributed(student)
     for step in range(run.start, steps):

@@ -164,6 +164,12 @@ class Run:
         with self.attempt("crops.png"):
             self.write("crops.png", crops_picture(images, views, names))
 
+    def compile(self):
+        """torch.compile for all modules of the run; random numbers stay those of a run without it."""
+        for value in self.state.values():
+            if isinstance(value, torch.nn.Module):
+                value.compile(options={"fallback_random": True})
+
     def attempt(self, what):
         return Attempt(self, what)
 
