@@ -141,11 +141,8 @@ class Head(nn.Module):
         super().__init__()
         layers = []
         for width in (dim, hidden_dim):
-            layers += [
-                nn.Linear(width, hidden_dim),
-                BatchNorm1d(hidden_dim) if head_bn else nn.Identity(),
-                nn.GELU(),
-            ]
+            norm = BatchNorm1d(hidden_dim) if head_bn else nn.Identity()
+            layers += [nn.Linear(width, hidden_dim), norm, nn.GELU()]
         self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim)).apply(init_weights)
         self.last = nn.Linear(bottleneck_dim, out_dim, bias=False)
         self.length = nn.Parameter(torch.ones(out_dim, 1), requires_grad=not norm_last_layer)

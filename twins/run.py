@@ -1,5 +1,6 @@
 """A run: its folder with options, log, checkpoints and pictures; its progress bar; how it stops."""
 
+import contextlib
 import io
 import json
 import math
@@ -170,8 +171,16 @@ class Run:
             if isinstance(value, torch.nn.Module):
                 value.compile(options={"fallback_random": True})
 
+    @contextlib.contextmanager
     def attempt(self, what):
-        return Attempt(self, what)
+        """For what a run can do without: a failure is told once, and training goes on."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self.said:
+                self.said.add(what)
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                self.bar.write(f"warning: {what} fails, training goes on ({reason})")
 
     def save(self, step):
         """ckpt.pt, export/, curves.png. A full disk is told, training goes on. Raises UserError for a NaN."""
@@ -276,26 +285,6 @@ class Run:
             print(f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |")
         print(f"| device | {self.device_name} |\n")
         print(f"in {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")
-
-
-class Attempt:
-    """What a run can do without: a failure is told once, and training goes on."""
-
-    def __init__(self, run, what):
-        self.run, self.what = run, what
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, trace):
-        if not isinstance(error, Exception):
-            return False
-        if self.what not in self.run.said:
-            self.run.said.add(self.what)
-            self.run.bar.write(
-                f"warning: {self.what} fails, training goes on ({type(error).__name__}: {first_line(error)})"
-            )
-        return True
 
 
 def name_in(state, backbone):
