@@ -18,7 +18,7 @@ import math
 import torch
 from torch import nn
 
-from data import Batches, Crop, load, multi_crop, training_split, view_features
+from data import Batches, Crop, fingerprint, load, multi_crop, training_split, view_features
 from twins.keys import configure
 from twins.monitor import correlation_meters, evaluate
 from twins.processes import BatchNorm1d, distributed, global_mean, seed_step, setup, to_float32
@@ -184,7 +184,7 @@ if __name__ == "__main__":
     # --- end method
 
     optimizer = torch.optim.AdamW(parameter_groups(student), lr=base_lr, weight_decay=wd, fused=True)
-    state["optimizer"] = optimizer
+    state.update(optimizer=optimizer, data=fingerprint(data))
     run = Run(__file__, config, steps, state, eval_backbone, device)
     if run.start == 0:
         run.draw_crops(batches(0)[:6], multi_crop(batches(0)[:6], crops, seed, 0))
@@ -209,6 +209,7 @@ if __name__ == "__main__":
         loss, parts = cc, {"cc": cc}
         # --- end method
 
+        run.check(step, lr, **parts, loss=loss)
         optimizer.zero_grad()
         loss.backward()
         if grad_clip:

@@ -9,6 +9,7 @@ Letters in shapes:  b images  n data set  s image side  v side of a view  i rows
 """
 
 import functools
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import NamedTuple
@@ -39,6 +40,13 @@ def training_split(data, knn_bank, knn_queries, batch_size):
     if batch_size > len(kept):
         raise UserError(f"--batch_size={batch_size} is larger than the {len(kept)} images to train on ({n} less what is held out)")
     return kept, labelled[len(held) :][:knn_bank], held[:knn_queries]
+
+
+def fingerprint(data):
+    """A hash of a Split's size, labels and one pixel of every image, so that a resumed run notices other data."""
+    content = [str(tuple(data.images.shape)).encode(), data.images[:, 0, 0, 0].numpy().tobytes()]
+    content += [] if data.labels is None else [data.labels.numpy().tobytes()]
+    return hashlib.sha256(b"".join(content)).hexdigest()
 
 
 class Batches:

@@ -1,1 +1,1 @@
-"""What nobody has to read to do research; one subject a file. Nothing here knows a script's name, options or losses."""
+"""What nobody has to read to do research, one subject a file; no script's name, options or losses."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import load as from_safetensors
 
 from twins.errors import ROOT, UserError, first_line
-from twins.files import load_checkpoint, load_pickle, read_checkpoint, read_json
+from twins.files import load_checkpoint, load_pickle, read_checkpoint, read_json, sha256
 from twins.keys import convert, parse
 
 ACCEPTED = "give a run's folder or ckpt.pt, an export folder, an official DINO .pth, or random"
@@ -109,9 +109,10 @@ def read_export(path, about):
         state = from_safetensors((path / "model.safetensors").read_bytes())
     except Exception as error:  # safetensors raises its own kind
         raise UserError(f"{path}/model.safetensors is damaged ({first_line(error)})") from None
-    about.update(
-        {name: saved[name] for name in ("script", "step", "dataset", "data_dir", "seed") if name in saved}
-    )
+    if saved.get("sha256", sha256(path / "model.safetensors")) != sha256(path / "model.safetensors"):
+        raise UserError(f"{path}/model.safetensors is damaged: its checksum is not that of config.json")
+    known = ("script", "step", "dataset", "data_dir", "seed")
+    about.update({name: saved[name] for name in known if name in saved})
     if "backbone" in saved:
         about["network"] = saved["backbone"].partition(".")[0]
     if "model_args" not in saved:

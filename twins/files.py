@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -40,6 +41,10 @@ def read_json(path):
     except (OSError, ValueError, RecursionError) as error:
         problem = first_line(error)
     raise UserError(f"{path} cannot be read ({problem})")
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def git_state():

@@ -7,6 +7,7 @@ head = "shared"  # one Z for both losses [shared|two]     brackets at its end th
 import argparse
 import ast
 import difflib
+import json
 import math
 import os
 import re
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from twins.errors import UserError
-from twins.files import load_checkpoint
-from twins.processes import excepthook, only_rank_0_prints, under_torchrun
+from twins.files import load_checkpoint, read_json
+from twins.processes import excepthook, protect_output, under_torchrun
 
 KINDS = {
     bool: "True or False",
@@ -122,7 +123,7 @@ def parse(script, argv=None, presets=()):
     """
     if argv is None:
         sys.excepthook = excepthook
-        only_rank_0_prints()
+        protect_output()
     options = read_options(script["__file__"])
     parser = Parser(description=script["__doc__"], allow_abbrev=False, add_help=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -218,9 +219,13 @@ def saved_options(out_dir, script_name, options):
         raise UserError(
             f"{out_dir} holds a run of {saved['script']}.py, not of {script_name}.py: give another --out_dir"
         )
-    return {
-        key: convert(key, options[key], value) for key, value in saved["config"].items() if key in options
-    }
+    config = {key: saved["config"][key] for key in options if key in saved["config"]}
+    config = {key: convert(key, options[key], value) for key, value in config.items()}
+    beside = read_json(out_dir / "config.json") if (out_dir / "config.json").exists() else {}
+    for key, value in config.items():
+        if key in beside and beside[key] != json.loads(json.dumps(value)) and key != "resume":
+            print(f"warning: config.json says --{key}={beside[key]}, ckpt.pt {value}: ckpt.pt decides")
+    return config
 
 
 def tell_changes(out_dir, config, given):
@@ -234,6 +239,8 @@ def tell_changes(out_dir, config, given):
             raise UserError(
                 f"{out_dir} is a run with --{key}={config[key]}: leave --{key} out, or use another --out_dir"
             )
+    if {"max_steps", "epochs"} & set(changed):
+        print("note: the schedules now reach over the new number of steps, so the learning rate jumps")
     if changed:
         text = " ".join(f"--{key}={given[key]} (was {config[key]})" for key in changed)
         print(f"changed on resuming: {text}", flush=True)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from twins.datasets import from_bytes, normalise
+from twins.errors import UserError
 from twins.processes import gather, global_mean, shard, to_float32, world
 
 
@@ -52,6 +53,8 @@ def evaluate(backbone, data, bank, queries, device, autocast):
             z, data.labels[bank].to(device), features(backbone, data.images, queries, device, autocast)
         )
         row["knn"] = (votes.argmax(1) == data.labels[queries].to(device)).float().mean()
+    if not z.isfinite().all():
+        raise UserError("the features are not finite: try a lower --base_lr")
     z = F.normalize(z[:4096], dim=1)
     p = torch.linalg.svdvals(z)
     p = p / p.sum() + 1e-7

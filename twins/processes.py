@@ -1,6 +1,7 @@
 """Device and precision of a run, and the processes of torchrun: N processes compute what one would."""
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import os
@@ -31,10 +32,30 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def only_rank_0_prints():
-    """Silences standard output and progress bars of all other processes that torchrun started."""
+class Stream:
+    """Standard output or error that may be closed, full or without Unicode: printing never ends a run."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):  # full, closed
+            encoding = self.stream.encoding or "utf-8"
+            return self.stream.write(text.encode(encoding, "replace").decode(encoding))
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def protect_output():
+    """Makes printing safe; of the processes of torchrun only rank 0 prints."""
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     if under_torchrun() and os.environ["RANK"] != "0":
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = Stream(None)
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
 
 
@@ -58,6 +79,7 @@ def setup(device, dtype, seed):
         ) from None
     if dtype == "auto":
         dtype = "bfloat16" if computes_bfloat16(device) else "float32"
+    print(f"device {device}, {dtype}", flush=True)
     torch.set_default_dtype(torch.float64 if dtype == "float64" else torch.float32)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -199,7 +221,7 @@ def excepthook(kind, error, trace):
     elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
         print(f"error: torch.compile fails here ({first_line(error)}): use --compile=False", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
-        print("stopped before the first step: nothing to save", file=sys.stderr)
+        print("stopped; what was saved before is unchanged", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from twins.decoding import locked
 from twins.errors import UserError, first_line
-from twins.files import git_state, load_checkpoint, write_file
+from twins.files import git_state, load_checkpoint, sha256, write_file
 from twins.loggers import start_logger
 from twins.monitor import collapse
 from twins.pictures import crops_picture, curves_picture
@@ -87,7 +87,7 @@ class Run:
 
     def on_signal(self, number, frame):
         self.stop = number
-        signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
+        signal.signal(number, self.handlers[number])  # the second one ends the process at once
 
     def update(self):
         """Moves the bar; a signal that one process received stops all of them after the same step."""
@@ -115,19 +115,19 @@ class Run:
         if rank() == 0:
             write_file(self.dir / name, content, previous and self.dir / previous)
 
+    def check(self, step, lr, **losses):
+        """Raises UserError for a loss that is not finite, before it reaches the weights."""
+        if self.device.type != "cpu" and step % self.config["log_every"]:
+            return  # a GPU would be waited for
+        for name, value in to_numbers(losses).items():
+            if not math.isfinite(value):
+                saved = "ckpt.pt is sound" if (self.dir / "ckpt.pt").exists() else "nothing was saved yet"
+                message = f"{name} is {value} at step {step}, learning rate {lr:.3g}, {saved}"
+                raise UserError(f"{message}: try a lower --base_lr")
+
     def row(self, step, **values):
-        """Starts a log row: numbers, images/s since the last row, peak memory. Raises UserError for a NaN."""
+        """Starts a log row: the values as numbers, images/s since the last row, a GPU's peak memory."""
         row = to_numbers(values)
-        bad = next((name for name, value in row.items() if not math.isfinite(value)), None)
-        if bad:
-            sound = (
-                "ckpt.pt holds the last sound step"
-                if (self.dir / "ckpt.pt").exists()
-                else "nothing was saved yet"
-            )
-            raise UserError(
-                f"{bad} is {row[bad]} at step {step}; {self.dir}: {sound}. A lower --base_lr may help"
-            )
         now = time.time()
         self.seconds += now - self.clock
         row["images_per_s"] = (step - self.clock_step) * self.config["batch_size"] / (now - self.clock)
@@ -232,6 +232,7 @@ class Run:
         if hasattr(self.backbone, "timm_args"):
             about["model_args"] = self.backbone.timm_args()
         self.write("export/model.safetensors", to_safetensors(tensors))
+        about["sha256"] = sha256(self.dir / "export" / "model.safetensors")
         self.write("export/config.json", json.dumps(about, indent=1))
 
     def restore(self):
@@ -239,6 +240,8 @@ class Run:
         saved, path, problem = load_checkpoint(self.dir, self.device)
         try:
             for name, value in self.state.items():
+                if isinstance(value, str):
+                    continue
                 value.copy_(saved[name]) if isinstance(value, torch.Tensor) else value.load_state_dict(
                     saved[name]
                 )
@@ -258,6 +261,9 @@ class Run:
                 if i < len(lines) - 1:  # the last may be cut off
                     raise UserError(f"line {i + 1} of {log} is broken: mend or remove it") from None
                 break
+        for name, value in self.state.items():
+            if isinstance(value, str) and saved.get(name) != value:
+                print(f"warning: the {name} changed since this run began: held-out images may be trained on")
         if problem:
             print(f"warning: {problem}; using the checkpoint before it")
         print(f"resumed {path} at step {self.start}")
