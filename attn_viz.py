@@ -56,7 +56,7 @@ blocks = "last"  # or all: attention.png shows the mean map of every block
 patch_size = 4  # pixels, of --ckpt=random
 dim = 192  # width, of --ckpt=random
 depth = 12  # blocks, of --ckpt=random
-heads = 3  # attention heads, of --ckpt=random
+heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: width / 64)
 permutations = 10000  # random ways to deal the runs out
 seed = 0  # of the choice of images, the permutations and the bootstrap
 device = "auto"  # cuda, mps or cpu; auto: the first of them that is here

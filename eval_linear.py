@@ -46,7 +46,7 @@ image_size = 0  # pixels; 0: what the backbone was trained with
 patch_size = 4  # pixels, of --ckpt=random
 dim = 192  # width, of --ckpt=random
 depth = 12  # blocks, of --ckpt=random
-heads = 3  # attention heads, of --ckpt=random
+heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: width / 64)
 epochs = 30  # passes over the training features
 batch_size = 512  # features a step
 augment = False  # DINO's protocol: random crop and flip of the images in every step, features computed anew

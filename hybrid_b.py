@@ -27,6 +27,7 @@ from twins.keys import configure
 from twins.monitor import correlation_meters, entropy, evaluate
 from twins.processes import BatchNorm1d, distributed, global_mean, seed_step, setup, to_float32
 from twins.run import Run
+from twins.weights import start_from
 from vit import ViT, check_size, init_weights
 
 dataset = "cifar10"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
@@ -36,6 +37,7 @@ preset = ""  # named changes of the defaults, see PRESETS: small
 skip_bad_images = False  # of a folder: leave out files that cannot be read, up to 1 %
 memory_gib = 8.0  # images up to this size are held on the device, larger sets are read ahead from disk [0..]
 resume = False  # continue the run in out_dir
+init = ""  # weights to start from: a file or export folder, DINO's, DINOv2's or timm's
 seed = 0  # of weights, order and views [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "auto"  # of the networks; auto: bfloat16 where the hardware computes it [float32|bfloat16|float64]
@@ -233,9 +235,10 @@ def parameter_groups(model):
 
 if __name__ == "__main__":
     config = configure(globals())  # the config line: from here on every option has its final value
+    device, autocast = setup(device, dtype, seed)
+    init_state = start_from(globals(), ViT) if init else None
     for size in (image_size, local_size):
         check_size(size, patch_size)
-    device, autocast = setup(device, dtype, seed)
     data = load(dataset, data_dir, image_size, skip_bad_images=skip_bad_images)
     train_indices, bank, queries = training_split(data, knn_bank, knn_queries, batch_size)
     batches = Batches(data.images, train_indices, batch_size, seed, device, memory_gib)
@@ -248,6 +251,8 @@ if __name__ == "__main__":
     # --- method
     crops += [Crop(image_size, global_scale, blur=1.0 * blur)]  # X3, last
     student, teacher = Network(drop_path).to(device), Network(0.0).to(device)
+    if init:
+        student.backbone.load_state_dict(init_state)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     center = torch.zeros(out_dim, device=device)

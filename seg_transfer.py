@@ -49,7 +49,7 @@ finetune = False  # train the backbone too
 patch_size = 4  # pixels, of --ckpt=random
 dim = 192  # width, of --ckpt=random
 depth = 12  # blocks, of --ckpt=random
-heads = 3  # attention heads, of --ckpt=random
+heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: width / 64)
 max_steps = 300  # optimizer steps of each head
 batch_size = 32  # images a step
 seed = 0  # of the held-out images, the heads and the order

@@ -79,24 +79,13 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class LayerScale(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class Block(nn.Module):
-    def __init__(self, dim, heads, drop_path=0.0, layer_scale=False):
+    def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
-        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim)
-        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
         self.drop_path = drop_path
 
     def forward(self, x, noise=None, queries=None):
@@ -105,10 +94,10 @@ class Block(nn.Module):
         noise: uniform random numbers [2 b] for drop path, which leaves a residual branch out for a whole
         image with probability `drop_path` (Huang et al., 1603.09382); None: nothing is left out.
         """
-        y = self.ls1(self.attn(self.norm1(x), queries))
+        y = self.attn(self.norm1(x), queries)
         x = x if queries is None else x[:, :queries]
         x = x + (y if noise is None else y * self.keep(noise[0]))
-        y = self.ls2(self.mlp(self.norm2(x)))
+        y = self.mlp(self.norm2(x))
         return x + (y if noise is None else y * self.keep(noise[1]))
 
     def keep(self, noise):
@@ -136,26 +125,10 @@ class ViT(nn.Module):
     not divide an image's side, or `heads` does not divide `dim`.
     """
 
-    def __init__(
-        self,
-        image_size=32,
-        patch_size=4,
-        dim=192,
-        depth=12,
-        heads=3,
-        drop_path=0.0,
-        registers=0,
-        layer_scale=False,
-    ):
+    def __init__(self, image_size=32, patch_size=4, dim=192, depth=12, heads=3, drop_path=0.0, registers=0):
         super().__init__()
-        self.args = {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "dim": dim,
-            "depth": depth,
-            "heads": heads,
-        }
-        self.args.update(drop_path=drop_path, registers=registers, layer_scale=layer_scale)
+        self.args = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth}
+        self.args.update(heads=heads, drop_path=drop_path, registers=registers)
         if dim % heads:
             raise ValueError(f"dim={dim} cannot be split into heads={heads} equal parts")
         check_size(image_size, patch_size)
@@ -172,7 +145,7 @@ class ViT(nn.Module):
             torch.zeros(1, self.num_prefix_tokens + (image_size // patch_size) ** 2, dim)
         )
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, heads, rate, layer_scale) for rate in rates)
+        self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
         for tokens in (self.cls_token, self.pos_embed, self.reg_token):
@@ -190,8 +163,6 @@ class ViT(nn.Module):
         args.update(depth=len(self.blocks), num_heads=self.args["heads"])
         if self.args["registers"]:
             args.update(reg_tokens=self.args["registers"])
-        if self.args["layer_scale"]:
-            args.update(init_values=1e-5)
         return args
 
     def positions(self, y, x):

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import zipfile
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import torch
 
@@ -67,9 +67,7 @@ def load_pickle(path, device="cpu"):
                 broken = archive.testzip()
             if broken:
                 raise UserError(f"{path} is damaged (bad checksum in {broken})")
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # official DINO checkpoints hold their arguments
+        with torch.serialization.safe_globals([argparse.Namespace, PosixPath]):  # DINO's arguments
             saved = torch.load(path, map_location=device, weights_only=True)
     except UserError:
         raise
