@@ -38,17 +38,12 @@ class Attention(nn.Module):
     def project(self, x, queries=None):
         """x [b n d] -> queries (of the first `queries` tokens, if given), keys and values, [b h n c]."""
         if queries is None:
-            q, k, v = rearrange(self.qkv(x), "b n (qkv h c) -> qkv b h n c", qkv=3, h=self.heads)
-            return q, k, v
-        dim = x.shape[-1]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = rearrange(
-            F.linear(x[:, :queries], weight[:dim], bias[:dim]), "b n (h c) -> b h n c", h=self.heads
-        )
-        k, v = rearrange(
-            F.linear(x, weight[dim:], bias[dim:]), "b n (kv h c) -> kv b h n c", kv=2, h=self.heads
-        )
-        return q, k, v
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        else:
+            weight, bias, dim = self.qkv.weight, self.qkv.bias, x.shape[-1]
+            q = F.linear(x[:, :queries], weight[:dim], bias[:dim])
+            k, v = F.linear(x, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+        return [rearrange(tokens, "b n (h c) -> b h n c", h=self.heads) for tokens in (q, k, v)]
 
     def weights(self, x):
         """x [b n d] -> the attention itself [b h n n], rows sum to 1: softmax(q k^T / sqrt(c))."""
