@@ -1,11 +1,13 @@
-"""Data sets held as one tensor, and multi-crop views made for a whole batch at once, on the device.
+"""Batches and held-out images of a data set, and multi-crop views made for a whole batch at once, on the device.
 
-A data set is `images` uint8 [n 3 s s] and `labels` int64 [n]. A view is a random crop, flip, colour jitter, grey, blur and
-solarize (BYOL's augmentation, 2006.07733 appendix B, as DINO uses it), every image with its own parameters. All random
-numbers of a step come from numpy's generator seeded with (seed, step), on the CPU: the same step gives the same views on every
-device, however many processes share the batch, and resuming needs no state.
+A data set is `images` uint8 [n 3 s s] and `labels` int64 [n]. A view is a random crop, flip, colour jitter,
+grey, blur and solarize (BYOL's augmentation, 2006.07733 appendix B, as DINO uses it), every image with its
+own parameters. All random numbers of a step come from numpy's generator seeded with (seed, step), on the CPU:
+the same step gives the same views on every device, however many processes share the batch, and resuming needs
+no state.
 
-Letters in shapes:  b images  n data set  s image side  v side of a view  i rows or columns of a view, j of an image
+Letters in shapes:  b images  n data set  s image side  v side of a view  i rows or columns of a view, j of an
+image
 """
 
 import functools
@@ -26,8 +28,9 @@ from twins.processes import batch_rand, shard, world
 def training_split(data, knn_bank, knn_queries, batch_size):
     """Which images to train on, and which are the k-NN monitor's bank (of those with a label) and queries: three int64 [m].
 
-    Queries are from a 10 % of the labelled images that is held out of training, the same for every run and seed. Without labels
-    there are no queries and nothing is held out. Raises UserError when a batch is larger than what is left.
+    Queries are from a 10 % of the labelled images that is held out of training, the same for every run and
+    seed. Without labels there are no queries and nothing is held out. Raises UserError when a batch is larger
+    than what is left.
     """
     n = len(data.images)
     order = torch.from_numpy(np.random.default_rng(0).permutation(n))
@@ -38,7 +41,9 @@ def training_split(data, knn_bank, knn_queries, batch_size):
         held = order[:0]
     kept = order[~torch.isin(order, held)]
     if batch_size > len(kept):
-        raise UserError(f"--batch_size={batch_size} is larger than the {len(kept)} images to train on ({n} less what is held out)")
+        raise UserError(
+            f"--batch_size={batch_size} is larger than the {len(kept)} images to train on ({n} less what is held out)"
+        )
     return kept, labelled[len(held) :][:knn_bank], held[:knn_queries]
 
 
@@ -52,15 +57,18 @@ def fingerprint(data):
 class Batches:
     """Batches(...)(step): the images of a step, uint8 [b 3 s s] on `device`; of several processes each has its part.
 
-    Images of up to `memory_gib` are held on the device; of a larger set batches are read two steps ahead, in the background, from the
-    file where a `folder` is kept, from memory for the other data sets.
+    Images of up to `memory_gib` are held on the device; of a larger set batches are read two steps ahead, in
+    the background, from the file where a `folder` is kept, from memory for the other data sets.
     """
 
     def __init__(self, images, kept, batch_size, seed, device, memory_gib):
         gib = images[0].numel() * len(images) / 2**30
         self.pool = None if gib <= memory_gib else ThreadPoolExecutor(1)
         if self.pool:
-            print(f"{gib:.3g} GiB of images, more than --memory_gib={memory_gib:g}: batches are read ahead", flush=True)
+            print(
+                f"{gib:.3g} GiB of images, more than --memory_gib={memory_gib:g}: batches are read ahead",
+                flush=True,
+            )
         self.images = images if self.pool else images.to(device)
         self.rows, self.batch_size, self.seed, self.device, self.ahead = kept, batch_size, seed, device, {}
 
@@ -118,7 +126,8 @@ def view_features(backbone, views):
 def multi_crop(images, crops, seed, step):
     """Random views of a batch: images uint8 [b 3 s s] -> for each Crop a float tensor [b 3 v v], normalised.
 
-    With several processes the images are this one's part of the batch, and the numbers drawn for the others' are left out.
+    With several processes the images are this one's part of the batch, and the numbers drawn for the others'
+    are left out.
 
     Crops of one size are made together; about 5,000 images a second in 2 + 6 views on two CPU cores.
     """
@@ -176,7 +185,9 @@ def draw(b, side, crop, rng):
 def augment(images, p, order, size):
     """Images uint8 [b 3 s s] and the parameters `p` of draw() -> normalised views [b 3 size size]."""
     here = {k: to_device(value, images.device) for k, value in p.items()}
-    x = resized_crop(from_bytes(images), here["left"], here["top"], here["width"], here["height"], here["flip"], size)
+    x = resized_crop(
+        from_bytes(images), here["left"], here["top"], here["width"], here["height"], here["flip"], size
+    )
     jitters = (brightness, contrast, saturation, hue)
     for jitter in (jitters[i] for i in order):
         x = jitter(x, here[jitter.__name__])
@@ -189,22 +200,31 @@ def augment(images, p, order, size):
 
 
 def resized_crop(x, left, top, width, height, flip, size):
-    """Boxes of float images [b 3 s s] resized to [b 3 size size], bilinear and antialiased, then mirrored where `flip`.
+    """Boxes of float images [b 3 s s] resized to [b 3 size size], bicubic, antialiased; mirrored where `flip`.
 
-    Two products with matrices of interpolation weights; equal to torchvision's resized_crop(antialias=True).
+    Two products with matrices of interpolation weights; equal to torchvision's resized_crop(BICUBIC,
+    antialias=True).
     """
     columns = interpolation(left, width, size, x.shape[-1])
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     rows = interpolation(top, height, size, x.shape[-2])
-    return torch.einsum("b y h, b c h x -> b c y x", rows, torch.einsum("b c h w, b x w -> b c h x", x, columns))
+    return torch.einsum(
+        "b y h, b c h x -> b c y x", rows, torch.einsum("b c h w, b x w -> b c h x", x, columns)
+    )
 
 
 def interpolation(start, length, size, side):
-    """[b size side]: the weight of pixel j of a row in pixel i of its piece [start, start + length) resized to `size`."""
+    """[b size side]: the weight of pixel j of a row in pixel i of its piece [start, start + length) resized to `size`.
+
+    Keys' cubic kernel with a = -1/2, as wide as an output pixel where that is larger than an input pixel.
+    """
     pixel = torch.arange(side, device=start.device) - start[:, None]  # [b j], from the piece's start
     scale = (length / size)[:, None, None]
     centre = (torch.arange(size, device=start.device) + 0.5)[:, None] * scale  # [b i 1]
-    weight = (1 - (pixel[:, None] + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
+    x = (pixel[:, None] + 0.5 - centre).abs() / scale.clamp(min=1)
+    near = (1.5 * x - 2.5) * x**2 + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weight = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     weight = weight * ((pixel >= 0) & (pixel < length[:, None]))[:, None]
     return weight / weight.sum(-1, keepdim=True)
 
@@ -236,7 +256,9 @@ def hue(x, turn):
     value, low = x.amax(1), x.amin(1)
     chroma = value - low
     sixth = torch.where(
-        value == red, green - blue, torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
+        value == red,
+        green - blue,
+        torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green),
     )
     sixth = sixth / chroma.clamp(min=1e-12) + 6 * turn[:, None, None]
     k = sixth[:, None] + constant((5.0, 3.0, 1.0), x.device, x.dtype)[:, None, None]
@@ -261,4 +283,6 @@ def blur(x, sigma):
     source = (torch.arange(size, device=x.device)[:, None] + offset).abs()  # [i t]
     source = torch.where(source < size, source, 2 * (size - 1) - source)
     matrix = torch.einsum("b t, i t j -> b i j", taps, F.one_hot(source, size).to(x.dtype))
-    return torch.einsum("b y h, b c h x -> b c y x", matrix, torch.einsum("b c h w, b x w -> b c h x", x, matrix))
+    return torch.einsum(
+        "b y h, b c h x -> b c y x", matrix, torch.einsum("b c h w, b x w -> b c h x", x, matrix)
+    )
