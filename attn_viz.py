@@ -61,7 +61,6 @@ device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "float32"  # of the backbone; auto: bfloat16 where the hardware computes it [auto|bfloat16|float64]
 
 PRESETS = {"shapes": {"dim": 64, "depth": 3, "heads": 2}}  # for --ckpt=random, as in the training scripts
-RANDOM_RUNS = 3  # the floor
 COLUMNS = {"mass_over_area": "mass / area", "entropy_bits": "entropy, bits"}
 COLUMNS.update(distance_pixels="distance, pixels", head_diversity_bits="head diversity, bits")
 
@@ -80,7 +79,7 @@ def read_groups(text):
         if name in groups:
             raise UserError(f"--ckpt has two groups called {name}: give them names, --ckpt=a=A,b=B")
         if not all(checkpoints) or (name == "random") != (set(checkpoints) == {"random"}):
-            raise UserError(f"--ckpt: '{item}' is neither a checkpoint nor name=A:B, with random for itself")
+            raise UserError(f"--ckpt: '{item}' is neither a checkpoint nor name=A:B; random means itself")
         groups[name] = checkpoints
     return groups
 
@@ -170,14 +169,14 @@ if __name__ == "__main__":
         runs.append((name, path, *load_backbone({**config, "ckpt": path}, device, ViT)))
     _, first_path, first, about = runs[0]
     image_size = image_size or about["image_size"]
-    for _ in range(0 if "random" in groups else RANDOM_RUNS):
+    for _ in range(0 if "random" in groups else 3):  # the floor
         runs.append(("random", "random", random_like(first, device), {"ckpt": "random"}))
     for _, _, backbone, _ in runs:
         check_size(image_size, backbone.patch_size)
-    skipped = []
     if images:
         data, skipped = own_images(images, image_size)
     else:
+        skipped = []
         dataset, data_dir = trained_on(config, about)
         if not dataset:
             raise UserError(f"--ckpt={ckpt} does not say its data set: give --dataset, or --images=FOLDER")
@@ -210,7 +209,8 @@ if __name__ == "__main__":
     print(f"\n{len(data.images)} images of {images or dataset}, {image_size} pixels, last block\n")
     print_table(report, names)
     print(f"\nuniform attention: {report[0]['entropy_uniform']:.2f} bits, mass / area 1")
-    for i, test in enumerate(tests):
+    answered = [test for i, test in enumerate(tests) if i == 0 or "p" in test]
+    for i, test in enumerate(answered):
         if i < 2:
             print("\nPairs, each on its own, not corrected for their number:\n" if i else "")
         print(sentence(test, [printed(name) for name in test["groups"]]))
