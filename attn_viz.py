@@ -208,7 +208,7 @@ if __name__ == "__main__":
 
     print(f"\n{len(data.images)} images of {images or dataset}, {image_size} pixels, last block\n")
     print_table(report, names)
-    print(f"\nuniform attention: {report[0]['entropy_uniform']:.2f} bits, mass / area 1")
+    print(f"\nuniform attention: {report[0]['entropy_uniform']:.2f} bits, mass / area 1 if there are masks")
     answered = [test for i, test in enumerate(tests) if i == 0 or "p" in test]
     for i, test in enumerate(answered):
         if i < 2:

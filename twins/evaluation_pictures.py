@@ -3,6 +3,7 @@
 Letters in shapes:  n images  s side in pixels  y x patch grid  r runs  g groups
 """
 
+import textwrap
 from itertools import pairwise
 
 import numpy as np
@@ -93,7 +94,9 @@ def attention_picture(images, panels, masks=None):
 
 def divergence_picture(mean, names, groups, seeds):
     """divergence.png: mean d [r r] in bits, names of the groups [g], group and seed of each run int64 [r]."""
-    figure, k = new_figure(11, 5, layout="constrained"), len(names)
+    k = len(names)
+    side = max(3.5, 0.7 * k)
+    figure = new_figure(2 * side + 4, side + 1.8, layout="constrained")
     left, right = figure.subplots(1, 2)
     image = left.imshow(mean, cmap="viridis", vmin=0)
     starts = [int((groups < g).sum()) for g in range(k + 1)]
@@ -110,15 +113,16 @@ def divergence_picture(mean, names, groups, seeds):
     right.imshow(table, cmap="viridis", vmin=0, vmax=float(mean.max()))
     for a, b in np.argwhere(~np.isnan(table)):
         colour = "white" if table[a, b] < 0.6 * mean.max() else "black"
-        right.text(b, a, f"{table[a, b]:.3f}", ha="center", va="center", color=colour)
-    titles = ("runs", "groups: mean over runs (of different seeds where possible)")
+        right.text(b, a, f"{table[a, b]:.3f}", ha="center", va="center", color=colour, fontsize=8)
+    titles = ("runs", "groups: mean over runs,\nof different seeds where possible")
     middles = [(a + b - 1) / 2 for a, b in pairwise(starts)]
-    labels = [printed(name) for name in names]
+    labels = [textwrap.fill(printed(name), 16) for name in names]
     for axis, title, ticks in zip((left, right), titles, (middles, range(k)), strict=True):
         axis.set(xticks=ticks, yticks=ticks, xticklabels=labels, yticklabels=labels)
         axis.set_title(title, fontsize=10)
-        axis.tick_params(axis="x", labelrotation=90 if max(map(len, labels)) > 14 else 30)
-    label = "Jensen-Shannon divergence of mean attention maps (bits)"
+        axis.tick_params(axis="x", labelrotation=90)
+        axis.tick_params(labelsize=9)
+    label = "Jensen-Shannon divergence\nof mean attention maps (bits)"
     figure.colorbar(image, ax=(left, right), label=label)
     return png(figure)
 

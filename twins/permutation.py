@@ -144,7 +144,7 @@ def sentence(test, names, level=0.05):
     """The answer of permutation_test() on attention maps, in words; `names` of the groups, in order."""
     if "p" not in test:
         return (
-            f"The attention maps of {' and '.join(names)} differ by {test['between']:.3f} bits. Whether "
+            f"The attention maps of {', '.join(names)} differ by {test['between']:.3f} bits. Whether "
             "another seed would change them as much cannot be said: give two or more runs of a script, "
             "--ckpt=name=A/ckpt.pt:B/ckpt.pt,..."
         )
