@@ -84,7 +84,7 @@ def curves_picture(rows):
     for i, (title, columns) in enumerate(drawn.items()):
         axis = figure.add_subplot(lines, 3, i + 1)
         for name, points in columns.items():
-            width = 4 if not axis.lines and len(columns) > 1 else 1.5  # a loss and its only part are equal
+            width = 4 if name == "loss" else 1.5  # it may be equal to its only part
             marker = "." if len(points) < 30 else None
             axis.plot(*zip(*points, strict=True), label=name, linewidth=width, marker=marker)
         axis.set(title=title, xlabel="step")
