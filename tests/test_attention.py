@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import UserError
 from PIL import Image
 
 import attn_viz
-from attn_viz import attend, describe, divergence, divergences, jaccard, keep_mass, permutation_test, read_groups, sentence
+from attn_viz import describe, divergences, permutation_test, read_groups, sentence
 from test_run import refused
+from twins.attention import attend, divergence, jaccard, keep_mass
+from twins.datasets import normalise
+from twins.errors import UserError
 from vit import ViT
 
 CPU, FLOAT32 = torch.device("cpu"), torch.autocast("cpu", enabled=False)
@@ -29,7 +31,7 @@ def test_maps_and_distance_are_the_attention_of_cls_and_of_patches():
     vit, images = ViT(16, 4, 12, 2, 3).eval(), torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
         vit.blocks[0].attn.qkv.weight *= 20  # far from uniform
-        a = vit.attention(attn_viz.normalise(images.float() / 255), 0)
+        a = vit.attention(normalise(images.float() / 255), 0)
     maps, distance = attend(vit, images, CPU, FLOAT32, block=0)
     for i, h in itertools.product(range(2), range(3)):
         torch.testing.assert_close(maps[i, h].flatten(), a[i, h, 0, 1:] / a[i, h, 0, 1:].sum())
@@ -227,4 +229,4 @@ def test_ones_own_images_less_a_broken_one(command, tmp_path):
     refused(command("attn_viz.py", **keys | {"image_size": 34}), 1, "34", "32 or 36")
     refused(command("attn_viz.py", **keys | {"images": "nowhere"}), 1, "nowhere is no folder")
     refused(command("attn_viz.py", **keys | {"blocks": "some"}), 1, "last or all")
-    refused(command("attn_viz.py", **keys | {"ckpt": "absent.pt"}), 1, "absent.pt is not there")
+    refused(command("attn_viz.py", **keys | {"ckpt": "absent.pt"}), 1, "absent.pt does not exist")

@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from common import UserError
-from masks import load_masks
 from PIL import Image
 
 import seg_transfer
-from seg_transfer import Head, best_of_grid, score, segmentation_picture
+from seg_transfer import Head, best_of_grid, score
 from test_run import refused
+from twins.errors import UserError
+from twins.masks import load_masks
+from twins.pictures import segmentation_picture
 
 CPU, FLOAT32 = torch.device("cpu"), torch.autocast("cpu", enabled=False)
 
@@ -71,7 +72,7 @@ def test_the_ceiling_is_a_naive_loop():
 def planted():
     """Patch features [n 6 4 4] that hold the class of each patch in noise, and masks [n 8 8]."""
     cells = random_masks(60, 4, 4, low=0, high=3)
-    features = torch.nn.functional.one_hot(cells.long(), 6).permute(0, 3, 1, 2) + 0.1 * torch.randn(60, 6, 4, 4)
+    features = torch.nn.functional.one_hot(cells.long(), 6).permute(0, 3, 1, 2) + 0.1 * torch.randn(60, 6, 4, 4, generator=torch.Generator().manual_seed(1))
     return features, cells.repeat_interleave(2, 1).repeat_interleave(2, 2)
 
 
@@ -86,8 +87,9 @@ def test_a_head_learns_what_is_planted_and_nothing_from_permuted_masks(planted, 
     found, _ = measure(features, masks[:40], masks[40:], monkeypatch)
     ceiling = score(best_of_grid(masks[40:], 2, 3), masks[40:], 3)
     assert found["miou"] > 0.95 * ceiling["miou"] > 0.6
-    shuffled = masks[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
-    assert measure(features, shuffled[:40], masks[40:], monkeypatch)[0]["miou"] < 0.4
+    shifted = [masks.roll(7 * i, 0) for i in range(1, 7)]  # no image keeps its mask; one shift may fit by chance
+    found = [measure(features, wrong[:40], masks[40:], monkeypatch)[0]["miou"] for wrong in shifted]
+    assert sum(found) / 6 < 0.45 < 0.5 * ceiling["miou"]
 
 
 def test_the_test_masks_select_nothing(planted, monkeypatch):
