@@ -17,9 +17,9 @@ PROTOCOL = {
     "search": "Random settings from the space in ablate.py, the same number for every method. For expected "
     "and best k-NN a trial that collapsed counts as its untrained network.",
     "models": "The best setting of each method's search on fresh seeds. Differences are paired by seed.",
-    "removal": "One mechanism changed at a time, paired with the full run of the same seed. The verdict, "
-    "stated before the runs: *can go* if the interval of the difference lies above -2 points, *cannot go* if below, "
-    "else *unclear*.",
+    "removal": "One mechanism changed at a time, paired with the full run of its seed. The verdict, stated "
+    "before the runs: *can go* if the interval of the difference lies above -2 points, *cannot go* if it "
+    "lies below, else *unclear*.",
 }
 
 
@@ -105,7 +105,8 @@ def report_study(rows, study, titles):
             groups[title] = group
     reports = {"search": report_search, "models": report_models, "removal": report_removal}
     tables, figures = reports[study](groups)
-    text = [f"# {study.capitalize()}: {len(rows)} runs", PROTOCOL[study], provenance(rows), *tables]
+    text = [f"# {study.capitalize()}: {len(rows)} runs", PROTOCOL[study], provenance(rows)]
+    text += [part for part in tables if part]
     text += [f"![{name}]({name})" for name in figures]
     text.append("Each run's command, commit, device and curve: `rows.jsonl`.")
     return {"README.md": "\n\n".join(text) + "\n", **figures}
@@ -147,7 +148,7 @@ def collapsed_share(rows):
 
 
 def report_search(groups):
-    lines, settings, curves = [], ["Best settings:"], {}
+    lines, settings, curves = [], [], {}
     for title, rows in groups.items():
         values = [row["knn_init"] if row["collapsed"] else row["knn"] for row in rows]
         curves[title] = expected_best(values)
@@ -161,7 +162,8 @@ def report_search(groups):
             settings.append(f"- {title}: `{' '.join(f'--{name}={value}' for name, value in best.items())}`")
     columns = ["method", "trials", "collapsed (95 %)", "untrained", "k-NN of trials"]
     columns += [f"expected best of {n}" for n in (1, 4, 8, 16)] + ["best"]
-    return [table(columns, lines), "\n".join(settings)], {"expected-best.png": best_figure(curves)}
+    best_settings = ["Best settings:", "\n".join(settings)] if settings else []
+    return [table(columns, lines), *best_settings], {"expected-best.png": best_figure(curves)}
 
 
 def measures(row):
@@ -193,7 +195,7 @@ def report_models(groups):
     figures = {"cost.png": cost_figure(groups)}
     if panels:
         figures["differences.png"] = differences_figure(panels)
-    return [text for text in tables if text], figures
+    return tables, figures
 
 
 def report_removal(groups):
@@ -203,9 +205,8 @@ def report_removal(groups):
         runs = {label: [row for row in rows if row["label"] == label] for label in ("full", *labels)}
         panels[title] = {label: paired(runs[label], runs["full"], METRIC) for label in labels}
         panels[title] = {label: found for label, found in panels[title].items() if found}
-        full = f"{title}: the full runs have {percent([row['knn'] for row in runs['full']])}"
-        text = differences_table(title, panels[title], runs)
-        tables += [f"{full} {METRIC}.", text] if text else []
+        tables.append(f"{title}: in full {percent([row['knn'] for row in runs['full']])} {METRIC}.")
+        tables.append(differences_table(title, panels[title], runs))
     panels = {title: panel for title, panel in panels.items() if panel}
     return tables, {"removal.png": differences_figure(panels, -0.02)} if panels else {}
 
