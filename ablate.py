@@ -86,8 +86,8 @@ MECHANISMS = {  # {name: ({option: value without it}, {option: value with it})};
         {"tau_t_warmup_epochs": 0.0},
         {"tau_t_warmup_epochs": 2.0, "tau_t_start": lambda now: now["tau_t"] / 2},
     ),
-    "EMA schedule": ({"ema_end": lambda now: now["ema"]}, {"ema_end": 1.0}),
     "EMA": ({"ema": 0.0}, {"ema": 0.97}),
+    "EMA schedule": ({"ema_end": lambda now: now["ema"]}, {"ema_end": 1.0}),
     "weight-normed last layer": ({"norm_last_layer": False}, {"norm_last_layer": True}),
     "frozen last layer": ({"freeze_last_layer_epochs": 0.0}, {"freeze_last_layer_epochs": 0.2}),
     "L2 bottleneck": ({"l2_bottleneck": False}, {"l2_bottleneck": True}),
@@ -148,8 +148,8 @@ def words_of(cell, **more):
 def cost_command(cell, file):
     """Measures five steps of a run, in a process of its own, and writes their cost into a file."""
     few = {"knn_bank": 50, "knn_queries": 20, "max_steps": 10**6, "eval_every": 10**6}
-    words = words_of(cell, **few, out_dir=file.with_suffix(".steps"))
-    return [ROOT / "twins" / "stopwatch.py", file, 2, 3, "", ROOT / f"{cell['script']}.py", *words]
+    script = ROOT / f"{cell['script']}.py"
+    return [ROOT / "twins" / "stopwatch.py", file, 2, 3, "", script, *words_of(cell, **few)]
 
 
 def run_cell(cell):

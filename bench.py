@@ -53,7 +53,7 @@ def measure(script, options, trace_file):
     """Runs a script in a process of its own; a Stopwatch's result, or None if it failed and said why."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        words = [f"--{name}={value}" for name, value in {**options, "out_dir": f"{folder}/run"}.items()]
+        words = [f"--{name}={value}" for name, value in options.items()]
         command = [ROOT / "twins" / "stopwatch.py", result, warmup, steps, trace_file, script, *words]
         environment = {**os.environ, "TQDM_DISABLE": "1"}
         code = subprocess.run([sys.executable, *map(str, command)], env=environment).returncode

@@ -2,11 +2,11 @@
 
     python twins/stopwatch.py result.json 2 3 "" dino.py --dataset=shapes
 
-runs dino.py for 2 steps to warm up and 3 that count, and writes result.json: {first: seconds until the first
-step was done, seconds: of a step, views: share of it that multi_crop takes, n_views: of an image, flop: of a
-step, absent if it is compiled, peak_gib: on a GPU}. A file in place of "" gets a trace of three more steps;
-result.json then holds {operations: {name: share of a step's time}} too. A run that fails prints its own error
-and writes nothing.
+runs dino.py in a temporary folder, 2 steps to warm up and 3 that count, and writes result.json: {first:
+seconds until the first step was done, seconds: of a step, views: share of it that multi_crop takes, n_views:
+of an image, flop: of a step, absent if it is compiled, peak_gib: on a GPU}. A file in place of "" gets a
+trace of three more steps; result.json then holds {operations: {name: share of a step's time}} too. A run that
+fails prints its own error and writes nothing.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import json
 import os
 import runpy
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def measure(warmup, steps, trace, script):
 
 if __name__ == "__main__":
     file, warmup_steps, counted_steps, trace_file, training_script, *options = sys.argv[1:]
-    sys.argv = [training_script, *options]
-    measured = measure(int(warmup_steps), int(counted_steps), trace_file, training_script)
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = [training_script, *options, f"--out_dir={folder}"]
+        measured = measure(int(warmup_steps), int(counted_steps), trace_file, training_script)
     write_file(Path(file), json.dumps(measured))
