@@ -106,6 +106,8 @@ def report_study(rows, study, titles):
     reports = {"search": report_search, "models": report_models, "removal": report_removal}
     tables, figures = reports[study](groups)
     text = [f"# {study.capitalize()}: {len(rows)} runs", PROTOCOL[study], provenance(rows)]
+    if study != "search" and not any(row["setting"] for row in rows if row["label"] == "full"):
+        text.append("There was no search: the settings are those of the presets.")
     text += [part for part in tables if part]
     text += [f"![{name}]({name})" for name in figures]
     text.append("Each run's command, commit, device and curve: `rows.jsonl`.")

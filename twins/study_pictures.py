@@ -52,7 +52,7 @@ def differences_figure(panels, margin=None):
     longest = max(map(len, panels.values()))
     figure = Figure(figsize=(2.2 + 2.6 * len(panels), 1 + 0.3 * longest), layout="constrained")
     labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (title, panel) in zip(axes, panels.items(), strict=True):
         axis.axvline(0, color="black", linewidth=0.8)
         if margin:
