@@ -148,6 +148,7 @@ def words_of(cell, **more):
 def cost_command(cell, file):
     """Measures five steps of a run, in a process of its own, and writes their cost into a file."""
     few = {"knn_bank": 50, "knn_queries": 20, "max_steps": 10**6, "eval_every": 10**6}
+    few["base_lr"] = 0.0  # a run that diverges at once has a cost, too
     script = ROOT / f"{cell['script']}.py"
     return [ROOT / "twins" / "stopwatch.py", file, 2, 3, "", script, *words_of(cell, **few)]
 
@@ -238,7 +239,8 @@ if __name__ == "__main__":
             sys.exit()
         work = [(name_of(cell), run_folder(cell).with_suffix(".txt"), run_cell(cell)) for cell in todo]
         failures, stopped = run_jobs(work, slots, finish)
-        write_report(out_dir, study, titles)
+        if read_rows(out_dir):
+            write_report(out_dir, study, titles)
     if stopped:
         sys.exit("stopped; the same command continues")
     if failures:
