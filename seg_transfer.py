@@ -1,21 +1,22 @@
 """Segmentation from frozen patch tokens: what do the features know of where things are?
 
-A linear head, BatchNorm and a 1 x 1 convolution (as DINOv2's, 2304.07193), turns each patch token into class scores, upsampled
-(bilinear) to the mask. Floors: the same head on random weights of the same architecture, and on each patch's mean colour.
-Ceiling: each patch's scores are the shares of the classes in it. Without labels: the patches that hold 60 % of [CLS]'s attention.
+A linear head, BatchNorm and a 1 x 1 convolution (as DINOv2's, 2304.07193), turns each patch token into class
+scores, upsampled (bilinear) to the mask. Floors: the same head on random weights of the same architecture,
+and on each patch's mean colour. Ceiling: each patch's scores are the shares of the classes in it. Without
+labels: the share of [CLS]'s attention on objects over their share of the image (mass / area: 1 is uniform).
 
-    IoU_c = pixels of class c in truth and prediction / pixels of c in either, over the whole test set        mIoU = mean over c
+    IoU_c = pixels of class c in truth and prediction / pixels of c in either, over the whole test set
+    mIoU = mean of IoU_c over classes c
 
-A tenth of the training images selects the learning rate, the head is then trained on all of them, and the test set is looked at
-once. `--finetune=True` trains the backbone too.
+A tenth of the training images selects the learning rate, the head is then trained on all of them, and the
+test set is used once. `--finetune=True` trains the backbone too.
 
-    python seg_transfer.py --ckpt=out/hybrid_a-shapes/ckpt.pt
-    python seg_transfer.py --ckpt=out/hybrid_a-cifar10/ckpt.pt --dataset=folder --data_dir=data/ecssd --image_size=64
+    python seg_transfer.py --ckpt=out/hybrid_a-shapes
+    python seg_transfer.py --ckpt=out/hybrid_a-cifar10 --dataset=folder --data_dir=data/ecssd --image_size=64
 
 Letters in shapes:  b n images  s image side  y x patch grid  d width  c classes
 """
 
-import copy
 import json
 import math
 import sys
@@ -24,95 +25,69 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from torch import nn
 from tqdm import tqdm
 
-from data import batch_indices, from_bytes, normalise
-from twins.attention import attend, jaccard, keep_mass
+from data import batch_indices
+from twins.attention import attend, describe_on_masks
 from twins.backbones import configure_evaluation, load_backbone, output_folder, random_like, trained_on
+from twins.datasets import from_bytes
 from twins.errors import UserError
+from twins.evaluation_pictures import segmentation_picture
 from twins.files import git_state, write_file
 from twins.masks import has_masks, load_masks
-from twins.pictures import segmentation_picture
 from twins.processes import gather, rank, seed_step, setup, shard
+from twins.segmentation import PIXELS, Finetuned, Head, best_of_grid, patch_tokens, score
 from vit import ViT, check_size
 
-ckpt = ""  # what to evaluate: ckpt.pt, an export folder, an official DINO .pth, or random
+ckpt = ""  # what to evaluate: a run's folder, an export folder, a file of weights, or random
 weights = ""  # a network of the checkpoint, such as student; empty: the one that its run evaluates
 dataset = ""  # shapes, folder, voc2012, pet or imagenet_s; empty: what the run was trained on
 data_dir = ""  # where its files are; empty: where the run found them
 out_dir = ""  # where segmentation.png and seg_transfer.json go; empty: next to the checkpoint
 skip_bad_images = False  # of a folder: leave out what cannot be read, up to 1 %
-image_size = 0  # pixels; 0: what the backbone was trained with
+image_size = 0  # pixels; 0: what the backbone was trained with [0..]
 finetune = False  # train the backbone too
-patch_size = 4  # pixels, of --ckpt=random
-dim = 192  # width, of --ckpt=random
-depth = 12  # blocks, of --ckpt=random
-heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: width / 64)
-max_steps = 300  # optimizer steps of each head
-batch_size = 32  # images a step
-seed = 0  # of the held-out images, the heads and the order
-device = "auto"  # cuda, mps or cpu; auto: the first of them that is here
-dtype = "auto"  # float32 or bfloat16 for the backbone; auto: bfloat16 on a GPU that has it
+patch_size = 4  # pixels, of --ckpt=random [1..]
+dim = 192  # width, of --ckpt=random [1..]
+depth = 12  # blocks, of --ckpt=random [1..]
+heads = 3  # attention heads, of --ckpt=random and of files that do not say it [0..]
+max_steps = 300  # optimizer steps of each head [1..]
+batch_size = 32  # images a step [1..]
+seed = 0  # of the held-out images, the heads and the order [0..]
+device = "auto"  # cuda, mps or cpu; auto: the first available
+dtype = "auto"  # of the backbone; auto: bfloat16 where the hardware computes it [float32|bfloat16|float64]
 
-PRESETS = {"shapes": dict(dim=64, depth=3, heads=2)}  # as the training scripts have it, for --ckpt=random
+PRESETS = {"shapes": {"dim": 64, "depth": 3, "heads": 2}}  # for --ckpt=random, as in the training scripts
 
 LEARNING_RATES, FINETUNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), (1e-4, 3e-4, 1e-3, 3e-3)  # of AdamW
-PIXELS = 2**25  # scores computed at a time when nothing is learned
-
-
-class Head(nn.Module):
-    """Patch features [b d y x] -> class scores [b c s s]."""
-
-    def __init__(self, dim, classes, size):
-        super().__init__()
-        self.norm, self.conv, self.size = nn.BatchNorm2d(dim), nn.Conv2d(dim, classes, 1), size
-
-    def forward(self, x):
-        return F.interpolate(self.conv(self.norm(x.float())), size=(self.size, self.size), mode="bilinear")
-
-
-class Finetuned(nn.Module):
-    """A copy of a backbone, and a head that `head` makes. Images uint8 [b 3 s s] -> class scores [b c s s]."""
-
-    def __init__(self, backbone, head):
-        super().__init__()
-        self.backbone, self.head = copy.deepcopy(backbone), head()
-
-    def forward(self, x):
-        return self.head(patch_tokens(self.backbone, x))
-
-
-def patch_tokens(backbone, images):
-    """Images uint8 [b 3 s s] -> normalised patch tokens of the last block [b d y x]."""
-    x = backbone.layers(normalise(from_bytes(images)))[-1][:, backbone.num_prefix_tokens :]
-    return rearrange(x, "b (y x) d -> b d y x", y=images.shape[-1] // backbone.patch_size)
 
 
 @torch.no_grad()
 def cached_tokens(backbone, images, device, autocast, what):
-    """patch_tokens of all images, in pieces, float32 on the CPU; of several processes each does its part."""
+    """patch_tokens() of images uint8 [n 3 s s], float32 [n d y x] on the CPU; a process makes its shard."""
     images, chunks = shard(images), []
-    for chunk in tqdm(images.split(250), f"features of {what}", unit_scale=250, unit=" images", disable=len(images) < 1000):
+    bar = tqdm(total=len(images), desc=f"features of {what}", unit=" images", disable=len(images) < 1000)
+    for chunk in images.split(250):
+        bar.update(len(chunk))
         with autocast:
             chunks.append(patch_tokens(backbone, chunk.to(device)).float().cpu())
     return gather(torch.cat(chunks))
 
 
-def train(make, inputs, masks, lr, device, autocast, progress):
-    """A model, made by make(), trained on inputs [n ...] and masks int16 [n s s] by AdamW with a cosine."""
+def train(build, inputs, masks, lr, device, autocast, progress):
+    """The model of build(), trained on inputs [n ...] and masks int16 [n s s] by AdamW with a cosine."""
     seed_step(seed, 0)
-    model = make().to(device).train()
+    model = build().to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
     size = min(batch_size, len(inputs))
     for step in range(max_steps):
         optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / max_steps)) / 2
-        some = batch_indices(len(inputs), size, seed, step)
+        batch = batch_indices(len(inputs), size, seed, step)
         with autocast:
-            scores = model(inputs[some].to(device))
-        counts = masks[some].to(device).long()
-        loss = F.cross_entropy(scores.float(), counts, ignore_index=-1, reduction="sum") / (counts >= 0).sum().clamp(min=1)
+            scores = model(inputs[batch].to(device))
+        truth = masks[batch].to(device).long()
+        loss = F.cross_entropy(scores.float(), truth, ignore_index=-1, reduction="sum")
+        loss = loss / (truth >= 0).sum().clamp(min=1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -122,7 +97,7 @@ def train(make, inputs, masks, lr, device, autocast, progress):
 
 @torch.no_grad()
 def predict(model, inputs, masks, classes, device, autocast):
-    """Class of every pixel, int16 [n s s], as large as `masks`."""
+    """Classes of the pixels of inputs [n ...], int16 [n s s], as large as `masks`."""
     chunks = []
     for chunk in inputs.split(max(PIXELS // (classes * masks[0].numel()), 1)):
         with autocast:
@@ -130,49 +105,36 @@ def predict(model, inputs, masks, classes, device, autocast):
     return torch.cat(chunks)
 
 
-def score(prediction, masks, classes):
-    """Prediction and truth, int16 [n s s] -> {miou, pixel_accuracy, iou [classes]}.
+def select_and_measure(build, rates, inputs, tests, masks, truth, classes, device, autocast, what):
+    """Selects one of `rates` on a tenth of the training images, trains on all: (result, test predictions).
 
-    A class in neither counts for nothing: its iou is None. Pixels of truth -1 do not count. Raises UserError when none do.
+    inputs [n ...] with masks int16 [n s s] to train on; tests and truth likewise.
     """
-    counts = masks >= 0
-    if not counts.any():
-        raise UserError("the masks hold nothing that counts: every pixel is marked as one to ignore")
-    pairs = masks[counts].long() * classes + prediction[counts].long()
-    confusion = pairs.bincount(minlength=classes**2).view(classes, classes).double()  # truth, prediction
-    both = confusion.diagonal()
-    either = confusion.sum(0) + confusion.sum(1) - both
-    iou = [(b / e).item() if e else None for b, e in zip(both, either, strict=True)]
-    return {"miou": (both[either > 0] / either[either > 0]).mean().item(), "pixel_accuracy": (both.sum() / counts.sum()).item(), "iou": iou}
-
-
-def best_of_grid(masks, patch_size, classes):
-    """What scores on the patch grid can do: the shares of the classes in each patch, upsampled as a head's scores are.
-
-    masks int16 [n s s] -> classes int16 [n s s]. Scores made for the upsampling can do a little better (98 for 96 on `shapes`).
-    """
-    made = []
-    for some in masks.split(max(PIXELS // (classes * masks[0].numel()), 1)):
-        here = torch.stack([(some == c).float() for c in range(classes)], 1)
-        shares = F.avg_pool2d(here, patch_size)
-        made.append(F.interpolate(shares, size=some.shape[-2:], mode="bilinear").argmax(1).short())
-    return torch.cat(made)
-
-
-def select_and_measure(make, rates, inputs, tests, masks, truth, classes, device, autocast, what):
-    """Selects the learning rate, one of `rates`, on a tenth of the training images, trains on all. Returns result and test predictions."""
     order = torch.from_numpy(np.random.default_rng((seed, 7)).permutation(len(inputs)))
-    held, kept = order[: max(len(order) // 10, 1)], order[max(len(order) // 10, 1) :]
-    grid, settings = [], (make, inputs[kept], masks[kept])
-    with tqdm(total=max_steps * (len(rates) + 1), desc=what, unit="step") as progress:
+    held_out, fitted = order.tensor_split([max(len(order) // 10, 1)])
+    grid, steps = [], max_steps * (len(rates) + 1)
+    with tqdm(total=steps, desc=what, unit="step") as progress:
         for lr in rates:
-            model = train(*settings, lr, device, autocast, progress)
-            guess = predict(model, inputs[held], masks, classes, device, autocast)
-            grid.append({"lr": lr, "held_out": score(guess, masks[held], classes)["miou"]})
-        best = max(grid, key=lambda row: row["held_out"])
-        model = train(make, inputs, masks, best["lr"], device, autocast, progress)
+            model = train(build, inputs[fitted], masks[fitted], lr, device, autocast, progress)
+            guess = predict(model, inputs[held_out], masks, classes, device, autocast)
+            grid.append({"lr": lr, "held_out": score(guess, masks[held_out], classes)["miou"]})
+        selected = max(grid, key=lambda row: row["held_out"])
+        model = train(build, inputs, masks, selected["lr"], device, autocast, progress)
     prediction = predict(model, tests, truth, classes, device, autocast)
-    return {"selected": best, "grid": grid} | score(prediction, truth, classes), prediction
+    return {"selected": selected, "grid": grid, **score(prediction, truth, classes)}, prediction
+
+
+def print_table(results, classes):
+    """A row a head, in %; the IoU of each class if there are few. classes: their names."""
+    classes = classes if len(classes) <= 6 else []
+    columns = ["lr", "mIoU", "pixel accuracy", *classes]
+    print(f"| {'fine-tuned' if finetune else 'linear head'} | {' | '.join(columns)} |")
+    print(f"|---|{'---:|' * len(columns)}")
+    for name, result in results.items():
+        lr = f"{result['selected']['lr']:g}" if "selected" in result else ""
+        shares = [result["miou"], result["pixel_accuracy"], *result["iou"][: len(classes)]]
+        cells = ["" if share is None else f"{100 * share:.1f}" for share in shares]
+        print(f"| {name} | {lr} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
@@ -181,57 +143,60 @@ if __name__ == "__main__":
     backbone, about = load_backbone(config, device, ViT)
     dataset, data_dir = trained_on(config, about)
     if not has_masks(dataset, data_dir):
-        raise UserError(f"--dataset={dataset} in {data_dir} has no masks: give --dataset=shapes, folder, voc2012, pet or imagenet_s")
+        known = "give --dataset=shapes, folder, voc2012, pet or imagenet_s"
+        raise UserError(f"--dataset={dataset} in {data_dir} has no masks: {known}")
     image_size = image_size or about["image_size"]
     patch_size = backbone.patch_size
     check_size(image_size, patch_size)
-    learn, test = (load_masks(dataset, data_dir, image_size, split, skip_bad_images) for split in ("train", "test"))
-    if len(learn.images) < 2:
-        raise UserError(f"{data_dir} has one training image: one to learn from and one to hold out are the least")
-    if test.masks.max() >= len(learn.classes):
-        raise UserError(f"the test masks have a class {test.masks.max()}, the training masks only 0 to {len(learn.classes) - 1}")
-    classes = len(learn.classes)
+    train_set = load_masks(dataset, data_dir, image_size, "train", skip_bad_images)
+    test_set = load_masks(dataset, data_dir, image_size, "test", skip_bad_images)
+    classes = len(train_set.classes)
+    if len(train_set.images) < 2:
+        raise UserError(f"{data_dir} has one training image: at least two are needed, one to select with")
+    if test_set.masks.max() >= classes:
+        largest = test_set.masks.max()
+        raise UserError(f"the test masks have a class {largest}, the training masks only 0 to {classes - 1}")
 
-    results, predictions, sources = {}, {}, {"this checkpoint": backbone}
+    sources = {"this checkpoint": backbone}
     if ckpt != "random":
         sources["random weights"] = random_like(backbone, device)
     head, tasks = partial(Head, backbone.dim, classes, image_size), {}
+    splits = (train_set.images, test_set.images)
     for name, network in sources.items():
         if finetune:
-            tasks[name] = partial(Finetuned, network, head), FINETUNING_RATES, learn.images, test.images
+            tasks[name] = partial(Finetuned, network, head), FINETUNING_RATES, *splits
         else:
-            tasks[name] = head, LEARNING_RATES, *[cached_tokens(network, split.images, device, autocast, name) for split in (learn, test)]
-    colours = [F.avg_pool2d(from_bytes(split.images), patch_size) for split in (learn, test)]
+            tokens = [cached_tokens(network, images, device, autocast, name) for images in splits]
+            tasks[name] = head, LEARNING_RATES, *tokens
+    colours = [F.avg_pool2d(from_bytes(images), patch_size) for images in splits]
     tasks["colour alone"] = partial(Head, 3, classes, image_size), LEARNING_RATES, *colours
-    maps, _ = attend(backbone, test.images, device, autocast)
+    maps, _ = attend(backbone, test_set.images, device, autocast)
     if rank():
-        sys.exit()  # the heads are the first process's
+        sys.exit()  # rank 0 trains the heads
+    results, predictions, truth = {}, {}, test_set.masks
     for name, task in tasks.items():
-        results[name], predictions[name] = select_and_measure(*task, learn.masks, test.masks, classes, device, autocast, name)
-    results["ceiling of the patch grid"] = score(best_of_grid(test.masks, patch_size, classes), test.masks, classes)
+        masks = train_set.masks, truth
+        results[name], predictions[name] = select_and_measure(*task, *masks, classes, device, autocast, name)
+    results["ceiling of the patch grid"] = score(best_of_grid(truth, patch_size, classes), truth, classes)
+    attention = describe_on_masks(maps, truth)
 
-    kept = keep_mass(maps.mean(1, keepdim=True), 0.6)
-    best_head, _ = jaccard(keep_mass(maps, 0.6), test.masks)
-    mean_map, _ = jaccard(kept, test.masks)
-    attention = {"best_head": best_head, "mean_map": mean_map}
-
-    few = classes <= 6
-    print(f"\n{ckpt} ({about.get('network', 'random')}) on {dataset}, {image_size} pixels: {len(learn.images)} training, {len(test.images)} test images\n")
-    columns = ["lr", "mIoU", "pixel accuracy", *learn.classes * few]
-    print(f"| {'fine-tuned' if finetune else 'linear head'} | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
-    for name, r in results.items():
-        each = "".join(f" {100 * iou:.1f} |" if iou is not None else " |" for iou in r["iou"] * few)
-        lr = f"{r['selected']['lr']:g}" if "selected" in r else ""
-        print(f"| {name} | {lr} | {100 * r['miou']:.1f} | {100 * r['pixel_accuracy']:.1f} |{each}")
-    print(f"\n60 % of the attention against the objects, Jaccard: {100 * best_head:.1f} best head, {100 * mean_map:.1f} mean map")
-
-    report = config | {"dataset": dataset, "data_dir": str(data_dir), "image_size": image_size, "checkpoint": about, "results": results}
-    report |= {"classes": learn.classes, "jaccard_60": attention, "torch": torch.__version__, **git_state()}
+    report = {**config, "dataset": dataset, "data_dir": str(data_dir), "image_size": image_size}
+    report.update(checkpoint=about, results=results, classes=train_set.classes, attention=attention)
+    report.update(torch=torch.__version__, **git_state())
     folder = output_folder(config, ckpt, dataset)
-    rows = torch.from_numpy(np.random.default_rng((seed, 8)).permutation(len(test.images))[:8])
-    mask = F.interpolate(kept[rows].float(), size=(image_size, image_size), mode="nearest")[:, 0].short()
-    columns = {"truth": test.masks[rows]} | {name: predictions[name][rows] for name in sources}
-    columns |= {"60 % of attention": mask}
     write_file(folder / "seg_transfer.json", json.dumps(report, indent=1))
-    write_file(folder / "segmentation.png", segmentation_picture(test.images[rows], columns, learn.classes))
+
+    sizes = f"{len(train_set.images)} training, {len(test_set.images)} test images"
+    print(f"\n{ckpt} ({about.get('network', 'random')}) on {dataset}, {image_size} pixels: {sizes}\n")
+    print_table(results, train_set.classes)
+    mass_over_area = np.mean(attention["mass_over_area"])
+    print(f"\nattention on the objects, mass / area: {mass_over_area:.2f} (1 is uniform)")
+    if attention["jaccard_60"]:
+        best_head, mean_map = (100 * attention["jaccard_60"][name] for name in ("best_head", "mean_map"))
+        print(f"60 % of it against the objects, Jaccard: {best_head:.1f} best head, {mean_map:.1f} mean map")
+
+    rows = torch.from_numpy(np.random.default_rng((seed, 8)).permutation(len(truth))[:8])
+    columns = {"truth": truth[rows], **{name: predictions[name][rows] for name in sources}}
+    picture = segmentation_picture(test_set.images[rows], columns, maps[rows].mean(1), train_set.classes)
+    write_file(folder / "segmentation.png", picture)
     print(f"\nwrote {folder}/segmentation.png seg_transfer.json")

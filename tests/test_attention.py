@@ -1,18 +1,21 @@
-"""Attention maps: every figure against a naive loop; the test of a difference keeps its level and finds what is planted."""
+"""Attention maps: every figure against a naive loop; the command on runs and on one's own images."""
 
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import attn_viz
-from attn_viz import describe, divergences, permutation_test, read_groups, sentence
+from attn_viz import own_images, print_table, read_groups
+from conftest import ROOT
 from test_run import refused
-from twins.attention import attend, divergence, jaccard, keep_mass
+from twins.attention import attend, describe, divergence, divergences, jaccard, keep_mass
 from twins.datasets import normalise
 from twins.errors import UserError
 from vit import ViT
@@ -68,7 +71,10 @@ def test_divergence_is_its_definition_and_between_0_and_1_bit(random_maps):
 
 def test_jaccard_is_a_naive_loop_over_images_classes_heads_and_pixels():
     g = torch.Generator().manual_seed(1)
-    kept, masks = torch.rand(6, 3, 4, 4, generator=g) > 0.5, torch.randint(-1, 3, (6, 8, 8), generator=g).short()
+    kept, masks = (
+        torch.rand(6, 3, 4, 4, generator=g) > 0.5,
+        torch.randint(-1, 3, (6, 8, 8), generator=g).short(),
+    )
     masks[0] = 0  # no object: does not count
     masks[1][masks[1] == 2] = 0
     best, images = 0.0, 0
@@ -107,111 +113,86 @@ def test_figures_of_a_map_made_by_hand():
     masks[0, 2:, 2:] = -1  # one patch does not count
     figures = describe(maps, torch.tensor([1.0, 2.0]), masks)
     assert figures["entropy_bits"] == [0, 2] and figures["entropy_uniform"] == 2
-    assert figures["mass_in_mask"] == pytest.approx([0.5, 1 / 3]) and figures["area_of_mask"] == pytest.approx(1 / 3)
-    assert figures["head_diversity_bits"] == pytest.approx(divergence(maps[0, 0].flatten(), maps[0, 1].flatten()).item())
-    assert figures["jaccard_60"]["best_head"] == pytest.approx(1 / 3)  # the patch of 4 pixels, 2 of the mask's 4: 2 / 6
+    assert figures["mass_in_mask"] == pytest.approx([0.5, 1 / 3]) and figures[
+        "area_of_mask"
+    ] == pytest.approx(1 / 3)
+    assert figures["mass_over_area"] == pytest.approx([1.5, 1])  # uniform attention: 1
+    assert figures["entropy_mean_map"] == pytest.approx(-0.625 * math.log2(0.625) - 0.375 * math.log2(0.125))
+    assert figures["head_diversity_bits"] == pytest.approx(
+        divergence(maps[0, 0].flatten(), maps[0, 1].flatten()).item()
+    )
+    assert figures["jaccard_60"]["best_head"] == pytest.approx(
+        1 / 3
+    )  # the patch of 4 pixels, 2 of the mask's 4: 2 / 6
 
 
-def planted(runs, images, shift, seed, shared=0.0):
-    """Maps of `runs` runs that differ by seed, the second half of them also by `shift`: a list of [n 4 4].
-
-    `shared`: the part of what a seed does that run i of the first half has in common with run i of the second.
-    """
-    g = torch.Generator().manual_seed(seed)
-    image, run = torch.randn(1, images, 16, generator=g), torch.randn(runs, 1, 16, generator=g)
-    common = torch.randn(runs // 2, 1, 16, generator=g).repeat(2, 1, 1)
-    run = shared**0.5 * common + (1 - shared) ** 0.5 * run
-    other = torch.zeros(runs, 1, 16)
-    other[runs // 2 :, :, :8] = shift
-    logits = image + run + other + 0.3 * torch.randn(runs, images, 16, generator=g)
-    return list(logits.softmax(-1).view(runs, images, 4, 4))
-
-
-HALVES = {n: torch.arange(2 * n) // n for n in (3, 5, 7)}
-
-
-def rejects(maps, seeds):
-    return permutation_test(divergences(maps), HALVES[len(maps) // 2], seeds, 300, seed=0)["p"] <= 0.05
-
-
-def test_the_test_rejects_five_percent_of_splits_of_the_same_script():
-    rng = np.random.default_rng(0)
-    rejected = sum(rejects([m[i] for i in rng.permutation(10)], torch.arange(10)) for m in (planted(10, 20, 0.0, i) for i in range(300)))
-    assert 0.02 <= rejected / 300 <= 0.08  # 6 of 126 ways are 4.8 %; two standard deviations are 2.5 %
-
-
-def test_paired_by_seed_it_rejects_five_percent_too():
-    seeds = torch.arange(14) % 7
-    rejected = sum(rejects(planted(14, 20, 0.0, i, shared=0.9), seeds) for i in range(300))
-    assert 0.02 <= rejected / 300 <= 0.08  # 3 of 64 ways are 4.7 %
-
-
-def test_a_group_counts_once_however_many_runs_it_has():
-    d, groups = torch.zeros(5, 5), torch.tensor([0, 0, 0, 1, 1])
-    d[:3, :3], d[3:, 3:], d[:3, 3:] = 0.2, 0.4, 0.5  # 3 pairs, 1 pair, 6 pairs
-    between, within = attn_viz.between_within(d, groups, torch.arange(5))
-    assert between.item() == pytest.approx(0.5) and within.item() == pytest.approx(0.3)
-
-
-def test_the_test_finds_a_planted_difference():
-    assert sum(rejects(planted(10, 20, 3.0, i), torch.arange(10)) for i in range(20)) == 20
-    assert sum(rejects(planted(14, 20, 3.0, i, shared=0.9), torch.arange(14) % 7) for i in range(20)) == 20
-
-
-@pytest.mark.parametrize("seeds, smallest", [(range(6), 0.1), ((0, 1, 2, 0, 1, 2), 0.25), ((0, 1, 2, 0, 1, 3), 0.1)])
-def test_effect_interval_and_smallest_p(seeds, smallest):
-    maps, groups, seeds = planted(6, 200, 2.0, seed=0), HALVES[3], torch.tensor(seeds)
-    d = divergences(maps)
-    test = permutation_test(d, groups, seeds, 2000, seed=0)
-    pairs = [(a, b) for a, b in itertools.combinations(range(6), 2) if seeds[a] != seeds[b]]
-    within = np.mean([d[:, a, b].mean() for a, b in pairs if groups[a] == groups[b]])
-    between = np.mean([d[:, a, b].mean() for a, b in pairs if groups[a] != groups[b]])
-    assert test["between"] == pytest.approx(between, rel=1e-4) and test["within"] == pytest.approx(within, rel=1e-4)
-    assert test["effect"] == pytest.approx(between - within, rel=1e-3)
-    each = [d[i, 0, 4] - d[i, 0, 1] for i in range(200)]  # of about the spread of one image's effect, which is smaller
-    low, high = test["interval95"]
-    assert low < test["effect"] < high and high - low < 4 * np.std(each) / 200**0.5
-    assert test["smallest_p"] == pytest.approx(smallest)  # 6! / (3! 3!) / 2 ways; paired 2^3 / 2
-    assert test["p"] == pytest.approx(smallest, abs=0.04) and test["paired"] == (smallest == 0.25)
-    assert "No difference" in sentence(test, ["a", "b"]) and "train more seeds" in sentence(test, ["a", "b"])
-    assert "differ by more than seeds do" in sentence(test | {"p": 0.01}, ["a", "b"])
-
-
-@pytest.mark.parametrize("seeds", [(0, 1), (0, 0)])
-def test_one_run_each_is_a_divergence_and_no_answer(seeds):
-    d = divergences(planted(2, 20, 2.0, seed=0))
-    alone = permutation_test(d, torch.tensor([0, 1]), torch.tensor(seeds), 100, seed=0)
-    assert alone == {"between": pytest.approx(d[:, 0, 1].mean().item())} and "cannot be said" in sentence(alone, ["a", "b"])
+def test_jaccard_is_not_told_where_attention_is_nearly_uniform(capsys):
+    masks = torch.zeros(2, 8, 8, dtype=torch.int16)
+    masks[:, :4] = 1
+    flat, peaked = torch.full((2, 1, 4, 4), 1 / 16), torch.full((2, 1, 4, 4), 0.01)
+    flat[:, :, 0, 0] += 0.001
+    peaked[:, :, 0, 0] += 0.84
+    report = [
+        {"group": name, **describe(maps, torch.zeros(1), masks)}
+        for name, maps in (("f", flat), ("p", peaked))
+    ]
+    assert report[0]["jaccard_60"] is None and report[1]["jaccard_60"]["mean_map"] > 0
+    print_table(report, ["f", "p"])
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].startswith("| group | runs | mass / area |")
+    assert rows[2].endswith("| - | - | - | - |") and "-" not in rows[3]
 
 
 def test_maps_on_other_grids_are_compared_on_the_coarsest():
     fine = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
     coarse = fine.view(3, 4, 2, 4, 2).sum((2, 4))
-    torch.testing.assert_close(divergences([fine / fine.sum((1, 2), keepdim=True), coarse]), torch.zeros(3, 2, 2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        divergences([fine / fine.sum((1, 2), keepdim=True), coarse]), torch.zeros(3, 2, 2), atol=1e-6, rtol=0
+    )
 
 
 def test_groups_of_checkpoints(tmp_path):
-    assert read_groups("dino=a/ckpt.pt:b/ckpt.pt,barlow=c/ckpt.pt") == {"dino": ["a/ckpt.pt", "b/ckpt.pt"], "barlow": ["c/ckpt.pt"]}
-    assert read_groups("out/dino-shapes/ckpt.pt,random") == {"dino-shapes": ["out/dino-shapes/ckpt.pt"], "random": ["random"]}
+    assert read_groups("dino=a/ckpt.pt:b/ckpt.pt,barlow=c/ckpt.pt") == {
+        "dino": ["a/ckpt.pt", "b/ckpt.pt"],
+        "barlow": ["c/ckpt.pt"],
+    }
+    assert read_groups("out/dino-shapes/ckpt.pt,random") == {
+        "dino-shapes": ["out/dino-shapes/ckpt.pt"],
+        "random": ["random"],
+    }
     (tmp_path / "lr=3").mkdir()
     (tmp_path / "lr=3" / "ckpt.pt").touch()
     assert read_groups(f"{tmp_path}/lr=3/ckpt.pt") == {"lr=3": [f"{tmp_path}/lr=3/ckpt.pt"]}
     with pytest.raises(UserError, match="two groups called x"):
         read_groups("x/ckpt.pt,x/ckpt.pt")
     for wrong in (",", "a=b/ckpt.pt:", "random=b/ckpt.pt"):
-        with pytest.raises(UserError, match="is no checkpoint, nor name=A:B"):
+        with pytest.raises(UserError, match="is neither a checkpoint nor name=A:B"):
             read_groups(wrong)
 
 
 def test_the_command_compares_runs_of_other_widths_and_patches(train, command, tmp_path):
-    for name, keys in {"a": dict(seed=0), "b": dict(seed=1), "c": dict(patch_size=8, dim=24, depth=1)}.items():
+    for name, keys in {
+        "a": dict(seed=0),
+        "b": dict(seed=1),
+        "c": dict(patch_size=8, dim=24, depth=1),
+    }.items():
         train("barlow.py", out_dir=tmp_path / name, max_steps=1, **keys)
-    done = command("attn_viz.py", ckpt="one=a/ckpt.pt:b/export,two=c/ckpt.pt", n_images=20, rows=2, out_dir="out", blocks="all")
+    done = command(
+        "attn_viz.py",
+        ckpt="one=a/ckpt.pt:b/export,two=c/ckpt.pt",
+        n_images=20,
+        rows=2,
+        out_dir="out",
+        blocks="all",
+    )
     assert done.returncode == 0, done.stderr
-    assert "between scripts" in done.stdout and "| random | 3 |" in done.stdout
+    assert "between scripts" in done.stdout and "| random weights | 3 |" in done.stdout
     report = json.loads((tmp_path / "out" / "attention.json").read_text())
     assert report["group_of_run"] == [0, 0, 1, 2, 2, 2] and np.shape(report["divergence_bits"]) == (6, 6)
-    assert report["runs"][2]["entropy_uniform"] == 4 and report["tests"][0]["smallest_p"] == pytest.approx(1 / 3)
+    assert report["runs"][2]["entropy_uniform"] == 4 and report["tests"][0]["smallest_p"] == pytest.approx(
+        1 / 3
+    )
+    assert "mass_over_area" in report["runs"][0]
     for picture in ("attention.png", "divergence.png"):
         assert min(Image.open(tmp_path / "out" / picture).size) > 300
 
@@ -219,7 +200,7 @@ def test_the_command_compares_runs_of_other_widths_and_patches(train, command, t
 def test_ones_own_images_less_a_broken_one(command, tmp_path):
     (tmp_path / "mine").mkdir()
     for i in range(2):
-        Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "mine" / f"{i}.png")
+        photograph(tmp_path / "mine" / f"{i}.png", i)
     (tmp_path / "mine" / "2.jpg").write_bytes(b"no image")
     keys = dict(ckpt="random", images="mine", dim=12, depth=1, heads=2, out_dir="out")
     done = command("attn_viz.py", **keys)
@@ -227,6 +208,41 @@ def test_ones_own_images_less_a_broken_one(command, tmp_path):
     assert "2.jpg cannot be read" in done.stdout and "1 of 3 images left out" in done.stdout
     assert json.loads((tmp_path / "out" / "attention.json").read_text())["images"] == 2
     refused(command("attn_viz.py", **keys | {"image_size": 34}), 1, "34", "32 or 36")
-    refused(command("attn_viz.py", **keys | {"images": "nowhere"}), 1, "nowhere is no folder")
+    refused(command("attn_viz.py", **keys | {"images": "nowhere"}), 1, "nowhere does not exist")
     refused(command("attn_viz.py", **keys | {"blocks": "some"}), 1, "last or all")
     refused(command("attn_viz.py", **keys | {"ckpt": "absent.pt"}), 1, "absent.pt does not exist")
+
+
+def photograph(path, seed):
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(path)
+
+
+def test_one_image_file(tmp_path):
+    photograph(tmp_path / "a.png", 0)
+    photograph(tmp_path / "b.png", 1)
+    data, broken = own_images(tmp_path / "a.png", 16)
+    assert data.images.shape == (1, 3, 16, 16) and broken == []
+    assert torch.equal(data.images[0], own_images(tmp_path, 16)[0].images[0])
+
+
+def test_home_folders_ascii_terminals_and_notebooks(tmp_path):
+    """`~` in every path, a terminal without ±, and a notebook's MPLBACKEND whose package is absent."""
+    photograph(tmp_path / "mine.png", 0)
+    words = ["--ckpt=random", "--images=~/mine.png", "--out_dir=~/out", "--dim=12", "--depth=1", "--heads=2"]
+    env = {**os.environ, "HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
+    env["MPLBACKEND"] = "module://no_such_package.backend_inline"
+    words = [sys.executable, str(ROOT / "attn_viz.py"), *words, "--device=cpu"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "attention.json",
+        "attention.png",
+        "divergence.png",
+    }
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_home_folder_in_ckpt(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "lr=3").mkdir()
+    assert read_groups("~/lr=3") == {"lr=3": ["~/lr=3"]}

@@ -86,8 +86,8 @@ def test_losses_and_gradients_are_those_of_the_cpu_in_float32(teach, script, dev
 def test_compiled_or_not_drop_path_draws_the_same(train, monkeypatch, device):
     """The graph is traced in full, random numbers with it; on the CPU C++ is left out, which takes a minute."""
     backend = "inductor" if device == "cuda" else "aot_eager"
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, options: compile(module, backend=backend))
     compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, options: compile(module, backend=backend))
     runs = [
         train("hybrid_a.py", device=device, drop_path=0.5, max_steps=1, compile=compiled)["run"]
         for compiled in (False, True)

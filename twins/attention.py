@@ -1,9 +1,10 @@
-"""Attention maps of [CLS], what they hold, and how far apart two of them are.
+"""Attention maps of [CLS], figures of them, and how far apart the maps of two networks are.
 
-Letters in shapes:  n images  h heads  y x patch grid  k patches  s image side
+Letters in shapes:  n images  h heads  y x patch grid  k patches  r runs  s image side
 """
 
 import math
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
@@ -13,31 +14,43 @@ from twins.datasets import from_bytes, normalise
 from twins.errors import UserError
 from twins.processes import gather, shard
 
+CHUNK = 2**24  # attention weights computed at a time, 64 MiB
+NEAR_UNIFORM = 0.1  # bits: the largest patches of a flatter map are chosen by noise
+
 
 @torch.no_grad()
 def attend(backbone, images, device, autocast, block=-1):
-    """Images uint8 [n 3 s s] -> maps [n h y x], each of sum 1, and the mean attention distance of each head [h] in pixels.
+    """Images uint8 [n 3 s s] -> maps [n h y x], each of sum 1, and each head's mean attention distance [h].
 
-    The distance is between the middles of two patches, weighted by the attention of the one to the other (2010.11929, D.8).
+    A distance, in pixels, is between the centres of two patches, weighted by the attention of one to the
+    other, mean over the queries (Dosovitskiy et al., 2010.11929, D.8). `block` -1 is the last.
     """
     side, heads = images.shape[-1] // backbone.patch_size, backbone.blocks[0].attn.heads
-    at = backbone.patch_size * torch.cartesian_prod(*[torch.arange(side, device=device).float()] * 2)
-    far, maps, distance, n = torch.cdist(at, at), [], torch.zeros(1, heads), len(images)
-    for chunk in shard(images).split(max(2**24 // (heads * (side**2 + backbone.num_prefix_tokens) ** 2), 1)):  # 64 MiB of attention
+    prefix = backbone.num_prefix_tokens
+    steps = torch.arange(side, device=device).float()
+    centres = backbone.patch_size * torch.cartesian_prod(steps, steps)
+    distances = torch.cdist(centres, centres)
+    maps, total = [], torch.zeros(1, heads)
+    for chunk in shard(images).split(max(CHUNK // (heads * (side**2 + prefix) ** 2), 1)):
         with autocast:
-            a = backbone.attention(normalise(from_bytes(chunk.to(device))), block)[..., backbone.num_prefix_tokens :].float()
-        a = a / a.sum(-1, keepdim=True)
-        maps.append(a[:, :, 0].cpu())
-        distance += ((a[:, :, backbone.num_prefix_tokens :] * far).sum((0, 2, 3)) / side**2).cpu()
-    return rearrange(gather(torch.cat(maps)), "n h (y x) -> n h y x", y=side), gather(distance).sum(0) / n
+            attention = backbone.attention(normalise(from_bytes(chunk.to(device))), block)
+        attention = attention[..., prefix:].float()
+        attention = attention / attention.sum(-1, keepdim=True)
+        maps.append(attention[:, :, 0].cpu())
+        total += ((attention[:, :, prefix:] * distances).sum((0, 2, 3)) / side**2).cpu()
+    maps = rearrange(gather(torch.cat(maps)), "n h (y x) -> n h y x", y=side)
+    return maps, gather(total).sum(0) / len(images)
 
 
 def keep_mass(maps, share):
-    """The largest patches of each map [... y x] that together hold `share` of it: bool [... y x]. As DINO's visualize_attention."""
+    """The largest patches of each map [... y x] that together hold `share` of it: bool [... y x].
+
+    As DINO's visualize_attention.py.
+    """
     flat = maps.flatten(-2)
     ordered, order = flat.sort(-1)
-    kept = ordered.cumsum(-1) / flat.sum(-1, keepdim=True) > 1 - share
-    return torch.zeros_like(kept).scatter(-1, order, kept).view(maps.shape)
+    keep = ordered.cumsum(-1) / flat.sum(-1, keepdim=True) > 1 - share
+    return torch.zeros_like(keep).scatter(-1, order, keep).view(maps.shape)
 
 
 def entropy(p):
@@ -45,28 +58,87 @@ def entropy(p):
     return -torch.special.xlogy(p, p).sum(-1) / math.log(2)
 
 
+def near_uniform(maps):
+    """Whether the mean entropy of maps [... y x] is that of uniform attention but for 0.1 bit."""
+    flat = maps.flatten(-2)
+    return math.log2(flat.shape[-1]) - entropy(flat).mean() < NEAR_UNIFORM
+
+
 def divergence(p, q):
-    """Jensen-Shannon divergence in bits of distributions p, q [... k] -> [...]: 0 where equal, 1 where nothing is shared."""
+    """Jensen-Shannon divergence in bits of distributions p, q [... k] -> [...], from 0 to 1."""
     return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).clamp(min=0)
 
 
-def jaccard(kept, masks):
-    """DINO's VOC protocol: patches kept by each head, bool [n h y x], against masks int16 [n s s] -> (best head, per head [h]).
+def divergences(maps):
+    """Mean maps of r runs, a list of [n y x], any grids -> d [n r r] in bits, on the coarsest grid."""
+    side = min(m.shape[-1] for m in maps)
+    flat = torch.stack([F.adaptive_avg_pool2d(m, side).flatten(1) for m in maps], 1)
+    p = flat / flat.sum(-1, keepdim=True)
+    return divergence(p[:, :, None], p[:, None])
 
-    For each class of an image except background, intersection over union of its pixels and the kept ones, what does not
-    count left out of both; the mean over an image's classes, then over images that have any. The best head is chosen for each
-    image and class. Raises UserError when no mask has an object.
+
+def jaccard(keep, masks):
+    """DINO's VOC protocol: patches of each head, bool [n h y x], on masks int16 [n s s]: (best head, [h]).
+
+    For each class of an image except background, intersection over union of its pixels and those of the
+    patches, without pixels of class -1; the mean over an image's classes, then over images that have any. The
+    best head is chosen for each image and class. Raises UserError when no mask has an object.
     """
-    kept = F.interpolate(kept.float(), size=masks.shape[-2:], mode="nearest").bool()
-    total, objects = torch.zeros(len(masks), 1 + kept.shape[1]), torch.zeros(len(masks))
+    keep = F.interpolate(keep.float(), size=masks.shape[-2:], mode="nearest").bool()
+    total, objects = torch.zeros(len(masks), 1 + keep.shape[1]), torch.zeros(len(masks))
     for c in masks[masks > 0].unique():
         has = (masks == c).flatten(1).any(1)
         truth, counts = (masks[has] == c)[:, None], (masks[has] >= 0)[:, None]
-        both, either = ((x & counts).sum((2, 3)) for x in (kept[has] & truth, kept[has] | truth))
-        iou = both / either
+        intersection = (keep[has] & truth & counts).sum((2, 3))
+        union = ((keep[has] | truth) & counts).sum((2, 3))
+        iou = intersection / union
         total[has] += torch.cat([iou.amax(1, keepdim=True), iou], 1)
         objects[has] += 1
     if not objects.any():
         raise UserError("no mask has an object: there is nothing to compare attention with")
-    best, *each = (total / objects[:, None])[objects > 0].mean(0).tolist()
-    return best, each
+    best, *heads = (total / objects[:, None])[objects > 0].mean(0).tolist()
+    return best, heads
+
+
+def describe_on_masks(maps, masks):
+    """Maps [n h y x] against the objects of masks int16 [n s s], over the images that have one.
+
+    mass_in_mask [h], area_of_mask (its mean share of the image), mass_over_area [h]: 1 for uniform attention.
+    jaccard_60 and jaccard_80 {best_head, mean_map, heads [h]}, or None where the mean map's entropy is within
+    0.1 bit of uniform. Raises UserError when no mask has an object.
+    """
+    shares = torch.stack([(masks > 0).float(), (masks >= 0).float()], 1)
+    inside, counted = F.adaptive_avg_pool2d(shares, maps.shape[-2:]).split(1, dim=1)  # [n 1 y x]
+    has_object = inside.sum((1, 2, 3)) > 0
+    if not has_object.any():
+        raise UserError("no mask has an object: there is nothing to compare attention with")
+    maps, masks, inside, counted = (x[has_object] for x in (maps, masks, inside, counted))
+    mass = ((maps * inside).sum((2, 3)) / (maps * counted).sum((2, 3)).clamp(min=1e-9)).mean(0)
+    area = (inside.sum((1, 2, 3)) / counted.sum((1, 2, 3))).mean()
+    figures = {"mass_in_mask": mass.tolist(), "area_of_mask": area.item()}
+    figures["mass_over_area"] = (mass / area).tolist()
+    mean_map = maps.mean(1, keepdim=True)
+    flat = near_uniform(mean_map)
+    for percent in (60, 80):
+        figures[f"jaccard_{percent}"] = None
+        if not flat:
+            best, heads = jaccard(keep_mass(maps, percent / 100), masks)
+            mean, _ = jaccard(keep_mass(mean_map, percent / 100), masks)
+            figures[f"jaccard_{percent}"] = {"best_head": best, "mean_map": mean, "heads": heads}
+    return figures
+
+
+def describe(maps, distance, masks=None):
+    """Figures of one run, entropy and divergence in bits: maps [n h y x], distance [h], masks [n s s]."""
+    flat = maps.flatten(2)
+    between_heads = [divergence(flat[:, i], flat[:, j]) for i, j in combinations(range(flat.shape[1]), 2)]
+    figures = {
+        "entropy_bits": entropy(flat).mean(0).tolist(),
+        "entropy_mean_map": entropy(flat.mean(1)).mean().item(),
+        "entropy_uniform": math.log2(flat.shape[-1]),
+        "distance_pixels": distance.tolist(),
+        "head_diversity_bits": torch.stack(between_heads).mean().item() if between_heads else 0.0,
+    }
+    if masks is not None:
+        figures.update(describe_on_masks(maps, masks))
+    return figures

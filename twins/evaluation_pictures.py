@@ -1,0 +1,148 @@
+"""The pictures that evaluations write, as the bytes of PNG files: attention, divergence, segmentation.
+
+Letters in shapes:  n images  s side in pixels  y x patch grid  r runs  g groups
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from twins.pictures import load_matplotlib, new_figure, png, printed
+
+BITS = 4  # attention from 1/16 to 16 times uniform, the one scale of every figure
+COLUMNS = 13  # of attention.png, at most, before it continues in another line
+TILE, GAP, HEADING, BAR = 1.2, 0.06, 0.5, 1.0  # inches: side, distance, space for titles and colour bar
+
+
+def attention_scale():
+    """Colours of attention: log2 of its ratio to uniform attention, white where it is uniform."""
+    matplotlib = load_matplotlib()
+    return matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-BITS, BITS), "RdBu_r")
+
+
+def attention_tile(attention):
+    """One map [y x] of sum 1 -> RGB [y x 3] on the scale of attention_scale()."""
+    ratio = attention * attention.numel()
+    return attention_scale().to_rgba(ratio.clamp(min=2.0**-BITS).log2().numpy())[..., :3]
+
+
+def kept_tile(image, keep):
+    """An image [s s 3] of 0 to 1, dark outside the patches keep, bool [y x] -> [s s 3]."""
+    keep = F.interpolate(keep[None, None].float(), size=image.shape[:2], mode="nearest")[0, 0, :, :, None]
+    return image * (0.2 + 0.8 * keep.numpy())
+
+
+def draw_tiles(lines, rows, foot=0.0):
+    """A sheet of square tiles with the colour bar of attention; foot: inches left free at the bottom.
+
+    lines: below each other, each {group: {title: tiles, a list of `rows` arrays [h w 3]}}. Returns the figure
+    and the axes of the very first column.
+    """
+    widths = [sum(len(group) * (TILE + GAP) + 2 * GAP for group in line.values()) for line in lines]
+    width, line_height = max(widths) + BAR, HEADING + rows * (TILE + GAP)
+    height = len(lines) * line_height + foot + GAP
+    figure, first = new_figure(width, height), []
+    for k, line in enumerate(lines):
+        left, top = GAP, height - k * line_height
+        for name, group in line.items():
+            figure.text(left / width, (top - 0.1) / height, name, va="top", weight="bold", size=10)
+            for title, tiles in group.items():
+                for i, pixels in enumerate(tiles):
+                    bottom = top - HEADING - i * (TILE + GAP) - TILE
+                    axis = figure.add_axes((left / width, bottom / height, TILE / width, TILE / height))
+                    axis.imshow(pixels, interpolation="nearest")
+                    axis.axis("off")
+                    axis.set_title(title if i == 0 else "", fontsize=8, pad=3)
+                    first += [axis] if len(first) < rows else []
+                left += TILE + GAP
+            left += 2 * GAP
+    tall = min(rows * (TILE + GAP) - GAP, 4)
+    box = ((width - BAR + 0.1) / width, (height - HEADING - tall) / height, 0.15 / width, tall / height)
+    label = "log2(attention / uniform)"
+    figure.colorbar(attention_scale(), cax=figure.add_axes(box), label=label, extend="both")
+    return figure, first
+
+
+def attention_picture(images, panels, masks=None):
+    """attention.png: images uint8 [n 3 s s]; panels {group: {title: maps [n y x] of sum 1, or bool [n y x]}}.
+
+    masks int16 [n s s] or None: the objects' outlines are drawn on the images. A group is never split.
+    """
+    pixels = rearrange(images, "n c h w -> n h w c").numpy() / 255
+    lines, used = [{"": {"image": list(pixels)}}], 1
+    for name, columns in panels.items():
+        if used + len(columns) > COLUMNS and used > 1:
+            lines.append({})
+            used = 0
+        group = lines[-1][printed(name)] = {}
+        for title, maps in columns.items():
+            if maps.dtype == torch.bool:
+                group[title] = [kept_tile(p, keep) for p, keep in zip(pixels, maps, strict=True)]
+            else:
+                group[title] = [attention_tile(attention) for attention in maps]
+        used += len(columns)
+    figure, axes = draw_tiles(lines, len(images))
+    for axis, mask in zip(axes, () if masks is None else masks, strict=False):
+        if (mask > 0).any():
+            axis.contour(mask > 0, levels=[0.5], colors="lime", linewidths=1)
+    return png(figure)
+
+
+def divergence_picture(mean, names, groups, seeds):
+    """divergence.png: mean d [r r] in bits, names of the groups [g], group and seed of each run int64 [r]."""
+    figure, k = new_figure(11, 5, layout="constrained"), len(names)
+    left, right = figure.subplots(1, 2)
+    image = left.imshow(mean, cmap="viridis", vmin=0)
+    starts = [int((groups < g).sum()) for g in range(k + 1)]
+    for edge in starts[1:-1]:
+        left.axhline(edge - 0.5, color="white")
+        left.axvline(edge - 0.5, color="white")
+    table = np.full((k, k), np.nan)
+    for a, b in np.ndindex(k, k):
+        pairs = (groups[:, None] == a) & (groups == b)
+        other_seed = pairs & (seeds[:, None] != seeds)
+        if a == b or other_seed.any():
+            pairs = other_seed
+        table[a, b] = mean[pairs].mean() if pairs.any() else np.nan
+    right.imshow(table, cmap="viridis", vmin=0, vmax=float(mean.max()))
+    for a, b in np.argwhere(~np.isnan(table)):
+        colour = "white" if table[a, b] < 0.6 * mean.max() else "black"
+        right.text(b, a, f"{table[a, b]:.3f}", ha="center", va="center", color=colour)
+    titles = ("runs", "groups: mean over runs (of different seeds where possible)")
+    middles = [(a + b - 1) / 2 for a, b in pairwise(starts)]
+    labels = [printed(name) for name in names]
+    for axis, title, ticks in zip((left, right), titles, (middles, range(k)), strict=True):
+        axis.set(xticks=ticks, yticks=ticks, xticklabels=labels, yticklabels=labels)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(axis="x", labelrotation=90 if max(map(len, labels)) > 14 else 30)
+    label = "Jensen-Shannon divergence of mean attention maps (bits)"
+    figure.colorbar(image, ax=(left, right), label=label)
+    return png(figure)
+
+
+def segmentation_picture(images, columns, attention, classes):
+    """segmentation.png: images uint8 [n 3 s s]; columns {title: masks int16 [n s s]}; attention [n y x].
+
+    A colour a class of `classes`, their names; pixels of class -1, which do not count, are white.
+    """
+    matplotlib = load_matplotlib()
+    palette = torch.tensor(matplotlib.colormaps["tab20"].colors)[[*range(0, 20, 2), *range(1, 20, 2)]]
+    colours = palette[torch.arange(len(classes) + 1) % 20].float()  # the bright ones first
+    colours[0], colours[-1] = 0.15, 1.0
+    pixels = list(rearrange(images, "n c h w -> n h w c").numpy() / 255)
+    tiles = {"image": pixels}
+    for title, masks in columns.items():
+        painted = colours[masks.long()].numpy()
+        tiles[title] = [0.25 * image + 0.75 * paint for image, paint in zip(pixels, painted, strict=True)]
+    tiles["attention"] = [attention_tile(m) for m in attention]
+    present = sorted({c for masks in columns.values() for c in masks.unique().tolist()})[:12]
+    names = {c: printed(classes[c]) if c >= 0 else "not counted" for c in present}
+    figure, _ = draw_tiles([{"": tiles}], len(images), foot=0.1 + 0.2 * -(-len(names) // 4))
+    patches = []
+    for c, name in names.items():
+        patches.append(matplotlib.patches.Patch(facecolor=colours[c].tolist(), edgecolor="black", label=name))
+    figure.legend(handles=patches, loc="lower center", ncols=4, fontsize=8, frameon=False)
+    return png(figure)
