@@ -1,63 +1,74 @@
 """Studies: which settings learn, which method learns best, which mechanisms can go. Runs the real scripts.
 
-    python ablate.py --study=search   --dataset=cifar10 --trials=16   random settings, the same number for all
-    python ablate.py --study=models   --dataset=cifar10 --seeds=6     the best setting of each on fresh seeds
-    python ablate.py --study=removal  --dataset=cifar10 --seeds=6     each mechanism off alone, and all of them
-    python ablate.py --study=... --dry_run=True                       what it would run, and how long that takes
-    python ablate.py --study=... --report=True                        tables and figures from the rows alone
+    python ablate.py --study=search --dataset=cifar10 --trials=16   random settings, the same number for all
+    python ablate.py --study=models --dataset=cifar10 --seeds=6     the best of each on fresh seeds, test set
+    python ablate.py --study=removal --dataset=cifar10 --seeds=6    each mechanism off alone, and all of them
+    python ablate.py --study=... --dry_run=True                     what it would run, and how long that takes
+    python ablate.py --study=... --report=True                      tables and figures from the rows alone
 
-All runs of a study have the same floating-point operations: steps = pflop / those of a step, counted. A search
-sees held-out training images alone. Its best setting is the one of highest k-NN accuracy among the trials that
-did not collapse: RankMe a quarter of the untrained network's or more, k-NN accuracy not below it. Finished runs
-are skipped, stopped ones resumed; Ctrl-C saves all. Seeds and trials go round by round, so any prefix is a table.
+All runs of a study cost the same floating-point operations: steps = pflop / those of a step, counted.
+Settings are chosen on held-out training images: the best is the one of highest k-NN accuracy among the trials
+that did not collapse. A run collapsed if its RankMe ends below a quarter of the untrained network's, its k-NN
+accuracy below the untrained network's, or its loss was not finite.
+
+Finished runs are skipped, stopped ones resumed; Ctrl-C saves all. Trials and seeds go round by round, so that
+the rows are a full table at any time. A run that fails costs itself alone and is listed at the end.
 """
 
+import hashlib
 import json
-import math
-import os
-import signal
+import re
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from bench import in_a_process
 from twins.errors import ROOT, UserError
-from twins.files import git_state, write_file
-from twins.keys import parse, read_options
-from twins.studies import read_rows, report_study, winner
+from twins.files import read_json
+from twins.jobs import default_slots, last_line, run_jobs, start
+from twins.keys import holds_run, parse
+from twins.settings import draw_setting, read_script, removals
+from twins.studies import (
+    best_setting,
+    only_writer,
+    read_rows,
+    run_results,
+    unfinished,
+    write_report,
+    write_rows,
+)
 
 study = "search"  # which question [search|models|removal]
-dataset = "cifar10"  # any data set of the training scripts
+scripts = "dino,barlow,hybrid_a,hybrid_b"  # which training scripts
+dataset = "shapes"  # any data set of the training scripts, with labels
 data_dir = "data"  # where its files are
-name = ""  # of the results' folder; empty: <study>-<dataset>
-scripts = "dino,barlow,hybrid_a,hybrid_b"  # which ones
-preset = "small"  # of the scripts; for dataset=shapes its own is used
+masks_dir = ""  # of models: a folder of images and masks for seg_transfer.py; empty: with shapes alone
+preset = "small"  # of the scripts; for shapes they have one of that name
 trials = 16  # random settings of a search [1..]
-seeds = 6  # runs of each setting of the other studies [1..]
-pflop = 0.016  # of each run, forward and backward, student and teacher [0..]
-jobs = 0  # runs at once; 0: one per CPU core, or one per GPU [0..]
-runs_dir = "out/studies"  # where the runs are, with their checkpoints
+seeds = 6  # of every setting in models and removal [1..]
+pflop = 0.0  # floating-point operations of each run, 1e15; 0: what PFLOP says [0..]
+search_dir = ""  # the search whose best settings are used; empty: results/search-<dataset>
+out_dir = ""  # rows, tables and figures; empty: results/<study>-<dataset>
+runs_dir = ""  # the runs and their checkpoints; empty: out/<name of out_dir>
+jobs = 0  # runs at once; 0: one per GPU, or one per CPU core [0..]
 device = "auto"  # of the runs
+space_seed = 0  # of the search's random settings [0..]
 dry_run = False  # only say what would run, and for how long
 report = False  # only make the tables and figures again
 
-SPACE = {  # of a search; a list: one of these; a pair: log-uniform between them
+SPACE = {  # of a search. A list: one of these; a pair: log-uniform between them
     "base_lr": (5e-4, 8e-3),
     "wd": [0.0, 0.04, 0.1],
     "grad_clip": [0.0, 3.0],
     "batch_size": [64, 128, 256],
     "n_local": [0, 2, 4],
+    "warmup_epochs": [0.05, 0.2],
     "ema": [0.8, 0.9, 0.95, 0.97, 0.99, 0.996],
     "tau_t": [0.03, 0.04, 0.055, 0.07, 0.09],
+    "tau_t_warmup_epochs": [0.0],
     "center_momentum": [0.9, 0.99],
-    "out_dim": [128, 512, 1024],
+    "out_dim": [128, 256, 512, 1024],
+    "hidden_dim": [512],
     "bottleneck_dim": [64, 128, 256],
     "head_bn": [False, True],
     "norm_last_layer": [False, True],
@@ -68,227 +79,171 @@ SPACE = {  # of a search; a list: one of these; a pair: log-uniform between them
     "proj_dim": [256, 512, 1024],
     "cc_local": [False, True],
 }
-FIXED = {"hidden_dim": 512, "tau_t_warmup_epochs": 0.0, "warmup_epochs": 0.5}  # of every trial
-MECHANISMS = {  # what is switched off: the option, its value without the mechanism, its value with it
-    "centering": ("centering", False, True),
-    "sharpening": ("tau_t", 0.1, 0.04),
-    "teacher-temperature warm-up": ("tau_t_warmup_epochs", 0.0, 2.0),
-    "EMA schedule": ("ema_end", "ema", 1.0),
-    "EMA": ("ema", 0.0, 0.97),
-    "weight-normed last layer": ("norm_last_layer", False, True),
-    "frozen last layer": ("freeze_last_layer_epochs", 0.0, 1.0),
-    "L2 bottleneck": ("l2_bottleneck", False, True),
-    "BatchNorm in the head": ("head_bn", False, True),
-    "learning-rate warm-up": ("warmup_epochs", 0.0, 0.5),
-    "weight-decay schedule": ("wd_end", "wd", 0.4),
-    "gradient clipping": ("grad_clip", 0.0, 3.0),
-    "multi-crop": ("n_local", 0, 2),
+MECHANISMS = {  # {name: ({option: value without it}, {option: value with it})}; functions get all values
+    "centering": ({"centering": False}, {"centering": True}),
+    "sharpening": ({"tau_t": lambda now: now["tau_s"]}, {"tau_t": 0.04}),
+    "tau_t warm-up": (
+        {"tau_t_warmup_epochs": 0.0},
+        {"tau_t_warmup_epochs": 2.0, "tau_t_start": lambda now: now["tau_t"] / 2},
+    ),
+    "EMA": ({"ema": 0.0}, {"ema": 0.97}),
+    "EMA schedule": ({"ema_end": lambda now: now["ema"]}, {"ema_end": 1.0}),
+    "weight-normed last layer": ({"norm_last_layer": False}, {"norm_last_layer": True}),
+    "frozen last layer": ({"freeze_last_layer_epochs": 0.0}, {"freeze_last_layer_epochs": 0.2}),
+    "L2 bottleneck": ({"l2_bottleneck": False}, {"l2_bottleneck": True}),
+    "BatchNorm in the head": ({"head_bn": False}, {"head_bn": True}),
+    "learning-rate warm-up": ({"warmup_epochs": 0.0}, {"warmup_epochs": 0.2}),
+    "weight-decay schedule": ({"wd_end": lambda now: now["wd"]}, {"wd_end": 0.4}),
+    "gradient clipping": ({"grad_clip": 0.0}, {"grad_clip": 3.0}),
+    "multi-crop": ({"n_local": 0}, {"n_local": 2}),
 }
+PFLOP = {"search": 0.025, "models": 0.2, "removal": 0.06}
+EVALUATIONS = {"search": 1, "models": 8, "removal": 2}  # besides that of the untrained network
 MONITOR = {"knn_bank": 5000, "knn_queries": 5000}
-PROBE_STEPS = 3  # timed after two to warm up
-
-running, lock = set(), threading.Lock()
+FRESH = 1000  # the first seed of models and removal; a search has those below
 
 
-def draw_setting(script, trial):
-    """The setting of a trial: the options of SPACE that the script has. One trial's shared options are equal in all scripts."""
-    options, setting = read_options(ROOT / f"{script}.py"), {}
-    for i, (option, values) in enumerate(SPACE.items()):
-        rng = np.random.default_rng((trial, i))
-        if isinstance(values, tuple):
-            value = float(f"{math.exp(rng.uniform(*map(math.log, values))):.3g}")
-        else:
-            value = values[rng.integers(len(values))]
-        if option in options:
-            setting[option] = value
-    setting.update({option: value for option, value in FIXED.items() if option in options})
-    return setting
+def script_of(name):
+    """(name in print, {option: value before a setting changes it}) of a training script in this study."""
+    return read_script(ROOT / f"{name}.py", (dataset, preset))
 
 
-def remove(setting, mechanism, options):
-    """The setting with one mechanism toggled, and 'off' or, where the setting does without it, 'on'."""
-    option, without, with_it = MECHANISMS[mechanism]
-    now = setting.get(option, options[option].default)
-    without = setting.get(without, options[without].default) if isinstance(without, str) else without
-    state = "on" if now == without else "off"
-    return {**setting, option: with_it if state == "on" else without}, state
-
-
-def cells():
-    """The runs of the study in order, each {script, label, seed, setting}."""
-    made = []
-    names = [script.strip() for script in scripts.split(",")]
-    for script in names:
-        if not (ROOT / f"{script}.py").exists():
-            raise UserError(f"--scripts={scripts}: there is no {script}.py")
-    if study == "search":
-        for trial in range(trials):
-            for script in names:
-                made.append({"script": script, "label": "trial", "seed": trial, "setting": draw_setting(script, trial)})
-        return made
-    found = read_rows(folder().with_name(folder().name.replace(study, "search", 1)))
-    settings = {script: winner(found, script) for script in names}
-    for seed in range(1000, 1000 + seeds):  # a search has the seeds below
-        for script in names:
-            options, setting = read_options(ROOT / f"{script}.py"), settings[script]
-            made.append({"script": script, "label": "full", "seed": seed, "setting": setting})
+def make_cells():
+    """The runs of the study in order, each {script, label, seed, setting, budget, id}."""
+    folder, cells = search_dir or f"results/search-{dataset}", []
+    searched = read_rows(folder) if study != "search" else []
+    if study != "search" and not searched:
+        print(f"no search in {folder}: the settings are those of the presets")
+    for seed in range(trials) if study == "search" else range(FRESH, FRESH + seeds):
+        for script in scripts.split(","):
+            options = script_of(script)[1]
+            if study == "search":
+                settings = {"trial": draw_setting(SPACE, space_seed, seed, options)}
+            else:
+                settings = {"full": best_setting(searched, script) if searched else {}}
             if study == "removal" and "ema" in options:
-                everything = setting
-                for mechanism in MECHANISMS:
-                    changed, state = remove(setting, mechanism, options)
-                    made.append({"script": script, "label": f"{mechanism} {state}", "seed": seed, "setting": changed})
-                    if state == "off":
-                        everything, _ = remove(everything, mechanism, options)
-                made.append({"script": script, "label": "all off", "seed": seed, "setting": everything})
-    return made
+                settings = removals(MECHANISMS, settings["full"], options)
+            for label, setting in settings.items():
+                cell = {"script": script, "label": label, "seed": seed, "setting": setting, "budget": pflop}
+                decides = json.dumps([cell, dataset, preset], sort_keys=True)
+                cells.append({**cell, "id": hashlib.sha256(decides.encode()).hexdigest()[:8]})
+    return cells
 
 
-def folder():
-    return ROOT / "results" / (name or f"{study}-{dataset}")
-
-
-def cell_name(cell):
+def name_of(cell):
     return f"{cell['script']}-{cell['label']}-{cell['seed']}".replace(" ", "_")
 
 
-def settings_of(cell):
-    """All options that a run of this cell is given, less its length and folder."""
-    options = {"dataset": dataset, "data_dir": data_dir, "seed": cell["seed"], "device": device, **MONITOR}
-    if dataset != "shapes":
-        options["preset"] = preset
-    return {**options, **cell["setting"]}
+def run_folder(cell):
+    return Path(runs_dir) / f"{name_of(cell)}-{cell['id']}"
 
 
-def measure(cell):
-    """{flop: of a step, seconds: of a step}, from five steps in a process of their own. None if they fail."""
-    few = {"knn_bank": 50, "knn_queries": 20, "max_steps": 10**6, "eval_every": 10**6, "compile": False}
-    with tempfile.TemporaryDirectory() as out:
-        options = {**settings_of(cell), **few}
-        return in_a_process(str(ROOT / f"{cell['script']}.py"), options, out, 2, PROBE_STEPS, "")
+def words_of(cell, **more):
+    """The options of a cell's run as words of a command."""
+    options = {"dataset": dataset, "data_dir": data_dir, "preset": preset, "seed": cell["seed"]}
+    options.update({"device": device, **MONITOR, **cell["setting"], **more})
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def cost_command(cell, file):
+    """Measures five steps of a run, in a process of its own, and writes their cost into a file."""
+    few = {"knn_bank": 50, "knn_queries": 20, "max_steps": 10**6, "eval_every": 10**6}
+    few["base_lr"] = 0.0  # a run that diverges at once has a cost, too
+    script = ROOT / f"{cell['script']}.py"
+    return [ROOT / "twins" / "stopwatch.py", file, 2, 3, "", script, *words_of(cell, **few)]
 
 
 def run_cell(cell):
-    """Runs one cell to its end and returns its row, or {failed: why}."""
-    out = Path(runs_dir).expanduser() / folder().name / cell_name(cell)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    probe = measure(cell)
-    if probe is None:
-        return {"failed": "its first steps failed"}
-    steps = max(round(pflop * 1e15 / probe["flop"]), 10)
-    command = [str(ROOT / f"{cell['script']}.py")]
-    if (out / "ckpt.pt").exists():
-        command += [f"--out_dir={out}", "--resume=True"]
-    else:
-        options = {**settings_of(cell), "max_steps": steps, "eval_every": max(steps // 2, 1)}
-        options.update(save_every=max(steps // 4, 1), log_every=max(steps // 50, 1), out_dir=out)
-        command += [f"--{option}={value}" for option, value in options.items()]
-    code = call(command, out.with_suffix(".txt"))
-    if code:
-        return {"failed": f"exit code {code}: {last_line(out.with_suffix('.txt'))}"}
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    first, last = rows[0], rows[-1]
-    row = {**cell, "command": " ".join(["python", Path(command[0]).name, *command[1:]]), **git_state()}
-    row.update(steps=last["step"], pflop=last["step"] * probe["flop"] / 1e15, seconds=last["seconds"])
-    row.update(device=json.loads((out / "config.json").read_text())["device_name"], torch=torch.__version__)
-    row.update(knn=last["knn"], knn_init=first["knn"], rank=last["rank"], rank_init=first["rank"])
-    row["collapsed"] = last["rank"] < first["rank"] / 4 or last["knn"] < first["knn"]
-    row["curve"] = [[r["step"] * probe["flop"] / 1e15, r["knn"]] for r in rows if "knn" in r]
-    if study == "models":
-        row["test"] = probes(out)
+    """Yields the commands of a cell, is sent their exit codes, returns its row. UserError if one fails."""
+    out, script = run_folder(cell), ROOT / f"{cell['script']}.py"
+    cost_file, log = out.with_suffix(".json"), out.with_suffix(".txt")
+    if not cost_file.exists():
+        check((yield cost_command(cell, cost_file)), log)
+    cost = read_json(cost_file)
+    steps = max(round(cell["budget"] * 1e15 / cost["flop"]), 1)
+    every = {"eval_every": EVALUATIONS[study], "save_every": 8, "log_every": 50}
+    words = words_of(cell, max_steps=steps, **{name: -(-steps // times) for name, times in every.items()})
+    code = yield [script, *(["--resume=True"] if holds_run(out) else words), f"--out_dir={out}"]
+    diverged = bool(code == 1 and re.search(r"is (nan|-?inf) at step|not finite", last_line(log)))
+    if not diverged:
+        check(code, log)
+    command = " ".join(["python", script.name, *words])
+    row = {**cell, "command": command, "views": cost["n_views"], **run_results(out, cost["flop"], diverged)}
+    if study == "models" and not diverged:
+        common = [f"--ckpt={out / 'ckpt.pt'}", f"--device={device}", f"--out_dir={out}"]
+        check((yield [ROOT / "eval_linear.py", *common]), log)
+        protocols = read_json(out / "eval_linear.json")["results"]
+        row["test"] = {f"test {name}": result["top1"] for name, result in protocols.items()}
+        masks = ["--dataset=folder", f"--data_dir={masks_dir}", "--image_size=64"] if masks_dir else []
+        if masks or dataset == "shapes":
+            check((yield [ROOT / "seg_transfer.py", *common, *masks]), log)
+            networks = read_json(out / "seg_transfer.json")["results"]
+            row["test"]["mIoU"] = next(iter(networks.values()))["miou"]  # the first is this checkpoint
     return row
 
 
-def probes(out):
-    """{protocol: top-1 on the test set} of a finished run."""
-    code = call([str(ROOT / "eval_linear.py"), f"--ckpt={out}"], out.with_suffix(".probes.txt"))
+def check(code, log):
     if code:
-        raise UserError(f"eval_linear.py failed: {last_line(out.with_suffix('.probes.txt'))}")
-    results = json.loads((out / "eval_linear.json").read_text())["results"]
-    return {protocol: result["top1"] for protocol, result in results.items()}
+        raise UserError(f"exit code {code}: {last_line(log)}")
 
 
-def call(command, log):
-    """The exit code of Python with this command, its output appended to a file."""
-    with open(log, "a") as file:
-        process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
-    with lock:
-        running.add(process)
-    code = process.wait()
-    with lock:
-        running.discard(process)
-    return code
+def say_plan(cells, slots):
+    """What would run, and how long that takes, from five measured steps of each script."""
+    hours = {}
+    for cell in cells:
+        print(f"{name_of(cell)}: python {cell['script']}.py {' '.join(words_of(cell))}")
+        if cell["script"] not in hours:
+            with tempfile.TemporaryDirectory() as folder:
+                file, log = Path(folder) / "cost.json", Path(folder) / "log.txt"
+                check(start(cost_command(cell, file), log, 0, slots).wait(), log)
+                cost = read_json(file)
+            hours[cell["script"]] = cell["budget"] * 1e15 / cost["flop"] * cost["seconds"] / 3600
+    total = sum(hours[cell["script"]] for cell in cells) / slots
+    print(f"{len(cells)} runs of {pflop:g} PFLOP, {slots} at once: {total:.2g} hours of training here")
 
 
-def last_line(file):
-    return (file.read_text(errors="replace").strip().splitlines() or ["nothing was printed"])[-1]
+def compare_attention():
+    """attn_viz.py on all runs of the models study, a group for each script."""
+    groups = {}
+    for row in read_rows(out_dir):
+        groups.setdefault(row["script"], []).append(str(run_folder(row) / "ckpt.pt"))
+    text = ",".join(f"{script}={':'.join(paths)}" for script, paths in groups.items())
+    words = [f"--ckpt={text}", f"--out_dir={out_dir}", f"--device={device}"]
+    if subprocess.run([sys.executable, ROOT / "attn_viz.py", *words]).returncode:
+        raise UserError("attn_viz.py failed; the rows are complete")
 
 
-def work(cell, failures):
-    """Runs a cell and appends its row to rows.jsonl; a failure costs this cell alone."""
-    start = time.time()
-    try:
-        row = run_cell(cell)
-    except (OSError, ValueError, KeyError) as error:
-        row = {"failed": f"{type(error).__name__}: {error}"}
-    with lock:
-        if "failed" in row:
-            failures.append(f"{cell_name(cell)}: {row['failed']}")
-            print(f"failed: {failures[-1]}", flush=True)
-            return
-        folder().mkdir(parents=True, exist_ok=True)
-        with open(folder() / "rows.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-            os.fsync(file.fileno())
-        text = f"k-NN {row['knn']:.3f} (untrained {row['knn_init']:.3f}), RankMe {row['rank']:.1f}"
-        print(f"{cell_name(cell)}: {text}{', collapsed' * row['collapsed']}, {time.time() - start:.0f} s", flush=True)
-
-
-def say_plan(todo, slots):
-    """What would run, and how long it takes, from five steps of the first run of each script."""
-    seconds = {}
-    for cell in todo:
-        print(f"{cell_name(cell)}: {' '.join(f'--{k}={v}' for k, v in cell['setting'].items())}")
-        if cell["script"] not in seconds:
-            probe = measure(cell)
-            seconds[cell["script"]] = pflop * 1e15 / probe["flop"] * probe["seconds"] if probe else math.nan
-    total = sum(seconds[cell["script"]] for cell in todo)
-    print(f"{len(todo)} runs of {pflop:g} PFLOP, {slots} at once: about {total / slots / 3600:.1f} hours")
+def finish(name, row):
+    write_rows(out_dir, [*read_rows(out_dir), row])
+    accuracy = f"k-NN {row['knn']:.3f} (untrained {row['knn_init']:.3f})"
+    print(f"{name}: {accuracy}{', collapsed' * row['collapsed']}", flush=True)
 
 
 if __name__ == "__main__":
     _, _, given = parse(globals())
     globals().update(given)
-    data_dir = str(Path(data_dir).expanduser().absolute())
+    out_dir = Path(out_dir or f"results/{study}-{dataset}")
+    runs_dir = Path(runs_dir or f"out/{out_dir.name}")
+    preset = "" if dataset == "shapes" else preset
+    pflop = pflop or PFLOP[study]
+    titles = {script: script_of(script)[0] for script in scripts.split(",")}
     if report:
-        print(report_study(folder(), study))
+        write_report(out_dir, study, titles)
         sys.exit()
-    slots = jobs or max(torch.cuda.device_count(), 1 if torch.cuda.is_available() else os.cpu_count())
-    os.environ["TQDM_DISABLE"] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // slots, 1)))
-    finished = {cell_name(row) for row in read_rows(folder())}
-    todo = [cell for cell in cells() if cell_name(cell) not in finished]
-    print(f"{folder()}: {len(finished)} runs finished, {len(todo)} to do", flush=True)
-    if dry_run:
-        say_plan(todo, slots)
-        sys.exit()
-    failures, stopped = [], False
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    pool = ThreadPoolExecutor(slots)
-    futures = [pool.submit(work, cell, failures) for cell in todo]
-    try:
-        for future in futures:
-            future.result()
-    except KeyboardInterrupt:
-        stopped = True
-        for future in futures:
-            future.cancel()
-        with lock:
-            for process in running:
-                process.terminate()  # it saves, and goes on with the next start
-    pool.shutdown()
-    if read_rows(folder()):
-        write_file(folder() / "README.md", report_study(folder(), study))
+    cells, slots = make_cells(), jobs or default_slots()
+    with only_writer(out_dir):
+        todo = unfinished(cells, out_dir, name_of)
+        print(f"{out_dir}: {len(cells) - len(todo)} of {len(cells)} runs are finished", flush=True)
+        if dry_run:
+            say_plan(todo, slots)
+            sys.exit()
+        work = [(name_of(cell), run_folder(cell).with_suffix(".txt"), run_cell(cell)) for cell in todo]
+        failures, stopped = run_jobs(work, slots, finish)
+        if read_rows(out_dir):
+            write_report(out_dir, study, titles)
     if stopped:
-        sys.exit("stopped; the same command goes on")
+        sys.exit("stopped; the same command continues")
     if failures:
-        sys.exit("failed:\n" + "\n".join(failures))
+        sys.exit("failed:\n" + "\n".join(f"{name}: {why}" for name, why in failures.items()))
+    if study == "models" and todo:
+        compare_attention()

@@ -188,6 +188,7 @@ def augment(images, p, order, size):
     x = resized_crop(
         from_bytes(images), here["left"], here["top"], here["width"], here["height"], here["flip"], size
     )
+    x = x.clamp_(0, 1)  # bicubic weights overshoot
     jitters = (brightness, contrast, saturation, hue)
     for jitter in (jitters[i] for i in order):
         x = jitter(x, here[jitter.__name__])

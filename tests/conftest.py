@@ -16,13 +16,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import common  # noqa: E402
-import monitor  # noqa: E402
-import run as run_module  # noqa: E402
 
-import data  # noqa: E402
+import twins.datasets as datasets  # noqa: E402
+import twins.run as run_module  # noqa: E402
+from twins.errors import close_bars  # noqa: E402
 
-data.shapes = functools.cache(data.shapes)  # made once for all tests
+datasets.shapes = functools.cache(datasets.shapes)  # made once for all tests
 
 SCRIPTS = ("dino.py", "barlow.py", "hybrid_a.py", "hybrid_b.py")
 MEASURES = ("eval_linear.py", "attn_viz.py", "seg_transfer.py", "bench.py")
@@ -44,7 +43,7 @@ def train(tmp_path, monkeypatch):
     The spy is called with the script's globals in every step, when the loss is there and backward() is not done yet.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    excepthook = sys.excepthook
+    excepthook, stdout, stderr = sys.excepthook, sys.stdout, sys.stderr
 
     def run(script, spy=None, pictures=False, **keys):
         keys = {"out_dir": tmp_path / f"run{len(list(tmp_path.iterdir()))}"} | keys
@@ -59,13 +58,14 @@ def train(tmp_path, monkeypatch):
 
             patch.setattr(torch.Tensor, "backward", spied)
             if not pictures:  # they take longer than the steps
-                patch.setattr(monitor, "crops_picture", lambda *args: b"")
+                patch.setattr(run_module, "crops_picture", lambda *args: b"")
                 patch.setattr(run_module, "curves_picture", lambda *args: b"")
             return runpy.run_path(str(ROOT / script), run_name="__main__")
 
     yield run
-    sys.excepthook = excepthook
-    common.close_bars()
+    sys.excepthook, sys.stdout, sys.stderr = excepthook, stdout, stderr
+    torch.set_default_dtype(torch.float32)
+    close_bars()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

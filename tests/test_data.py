@@ -7,16 +7,16 @@ import subprocess
 import sys
 import time
 
-import decoding
 import numpy as np
 import pytest
 import torch
-from common import UserError
 from PIL import Image
 
 from conftest import ROOT
-from data import Batches, batch_indices, decode, load
-from test_run import refused
+from data import Batches, batch_indices, load
+from twins import decoding
+from twins.datasets import decode
+from twins.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -318,12 +318,3 @@ def test_larger_images_train_with_views_between_96_and_224(train, tmp_path):
     keys = dict(image_size=224, local_size=96, patch_size=16, batch_size=4, max_steps=1, blur=True)
     g = train("dino.py", dataset="folder", data_dir=root, **keys)
     assert [v.shape[-1] for v in g["views"]] == [224, 224, 96]
-
-
-def test_a_data_set_shows_itself(command, tmp_path):
-    root = photographs(tmp_path / "set")
-    done = command("data.py", dataset="folder", data_dir=root, image_size=48)
-    assert done.returncode == 0, done.stderr
-    assert "| train | 8 | 0 | 2 | 4 to 4 | 48 |" in done.stdout and "height of the files: 40 to 43 pixels" in done.stdout
-    assert (tmp_path / "out/data-folder/crops.png").exists()
-    refused(command("data.py", dataset="folder", data_dir="nowhere"), 1, "nowhere is no folder")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from monitor import features
 
 import eval_linear
 from data import batch_indices, load
 from eval_linear import SETTINGS, accuracy, balanced, evaluate, train_probes
 from test_run import refused
+from twins.monitor import features
 from vit import ViT
 
 CPU = torch.device("cpu")
@@ -170,9 +170,9 @@ def test_an_official_dino_checkpoint_loads(tmp_path):
     torch.save({"student": student, "teacher": teacher, "args": argparse.Namespace(arch="vit"), "epoch": 3}, tmp_path / "full.pth")
     x = torch.randn(2, 3, 32, 32)
     for name in ("backbone.pth", "full.pth"):
-        loaded, about = eval_linear.load_backbone({"ckpt": str(tmp_path / name), "weights": "teacher", "heads": 3}, CPU)
+        loaded, about = eval_linear.load_backbone({"ckpt": str(tmp_path / name), "weights": "", "heads": 0}, CPU, ViT)
         assert torch.equal(loaded(x), vit.eval()(x)) and about["image_size"] == 32
-    loaded, _ = eval_linear.load_backbone({"ckpt": str(tmp_path / "full.pth"), "weights": "student", "heads": 3}, CPU)
+    loaded, _ = eval_linear.load_backbone({"ckpt": str(tmp_path / "full.pth"), "weights": "student", "heads": 0}, CPU, ViT)
     assert loaded.cls_token.abs().max() == 0
 
 
@@ -184,9 +184,9 @@ def test_wrong_input_is_one_sentence(command, run_folder, tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
     (tmp_path / "photos/train/a").mkdir(parents=True)
     refused(run(), 1, "--ckpt is missing")
-    refused(run(ckpt="absent.pt"), 1, "absent.pt is not there")
+    refused(run(ckpt="absent.pt"), 1, "absent.pt does not exist")
     refused(run(ckpt=tmp_path / "foreign.pt"), 1, "foreign.pt holds no ViT")
-    refused(run(ckpt=tmp_path / "text.pt"), 1, "text.pt is no whole checkpoint")
+    refused(run(ckpt=tmp_path / "text.pt"), 1, "text.pt is not a complete checkpoint")
     refused(run(ckpt=Path(tmp_path)), 1, "config.json cannot be read")
     refused(run(ckpt="random"), 1, "give --dataset")
     refused(run(ckpt=run_folder / "ckpt.pt", weights="both"), 1, "teacher or student")

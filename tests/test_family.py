@@ -17,14 +17,11 @@ OWN = {
     ("barlow.py", "Network"): "a projector, no head",
     ("dino.py", "Network"): "a head, no projector",
     ("barlow.py", "proj_dim"): "its only Z, wider than a hybrid's second one",
-    ("barlow.py", "projector"): "its docstring does not speak of two heads",
 }
-SHARED_KEYS = [  # DESIGN.md, section 4, and the monitor's and the views' own
-    *("dataset", "data_dir", "out_dir", "resume", "seed", "device", "dtype", "compile", "epochs", "max_steps", "batch_size", "base_lr"),
-    *("min_lr", "warmup_epochs", "wd", "wd_end", "grad_clip", "image_size", "local_size", "n_local", "global_scale", "local_scale"),
-    *("blur", "patch_size", "dim", "depth", "heads", "drop_path", "knn_bank", "knn_queries", "eval_every", "save_every", "log_every"),
-    "logger",
-]
+SHARED = """dataset data_dir out_dir preset skip_bad_images memory_gib resume init seed device dtype compile epochs max_steps
+    batch_size base_lr min_lr warmup_epochs wd wd_end grad_clip image_size local_size n_local global_scale local_scale blur
+    patch_size dim depth heads drop_path knn_bank knn_queries eval_every save_every log_every logger""".split()
+OWN_PRESETS = ("n_local",)  # Barlow Twins has two views
 
 
 def parts(source):
@@ -35,8 +32,13 @@ def parts(source):
     keys = dict(re.findall(r"^((\w+) = .*)$", top, re.M))
     keys = {name: line for line, name in keys.items() if name.islower()}
     named = {n.name: ast.get_source_segment(source, n) for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    dicts = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "dict"]
-    presets = {k.arg: ast.unparse(k.value) for n in dicts for k in n.keywords}
+    assigned = next(n for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "PRESETS")
+    presets = {
+        f"{name}.{key}": value
+        for name, preset in ast.literal_eval(assigned.value).items()
+        for key, value in preset.items()
+        if key not in OWN_PRESETS
+    }
     return loop, keys, named, presets
 
 
@@ -48,9 +50,9 @@ def drift(sources):
         if loop != dino[0]:
             changed = [line for line in difflib.ndiff(dino[0].splitlines(), loop.splitlines()) if line[0] in "+-"]
             found.append(f"{script}'s loop is not dino.py's: {changed}")
-        shared = [key for key in keys if key in SHARED_KEYS]
-        if shared != SHARED_KEYS:
-            found.append(f"{script} has not the keys all four share, in their order: {set(SHARED_KEYS) ^ set(shared) or shared}")
+        shared = [key for key in keys if key in SHARED]
+        if shared != SHARED:
+            found.append(f"{script} has not the keys all four share, in their order: {set(SHARED) ^ set(shared) or shared}")
     for kind, what in ((1, "key"), (2, "function or class"), (3, "preset")):
         first = {}
         for script, p in all_parts.items():
@@ -80,7 +82,7 @@ def test_nothing_drifts(sources):
         ("a line more in a loop", "        run.update()\n", "        run.update()\n        step += 0\n"),
         ("a renamed key", "grad_clip", "clip_grad"),
         ("a changed default", "wd_end = 0.4", "wd_end = 0.3"),
-        ("a changed preset", "base_lr=2e-3", "base_lr=3e-3"),
+        ('a changed preset', '"base_lr": 2e-3', '"base_lr": 3e-3'),
         ("an edited copy of a function", "def parameter_groups(model):\n", "def parameter_groups(model):\n    model.train()\n"),
         ("an edited copy of a comment", "each tensor alone", "all together"),
     ],

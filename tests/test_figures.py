@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from common import cosine
+
+from dino import cosine
 
 
 def gradient(loss, inputs):
@@ -23,10 +24,10 @@ def views_seen(monkeypatch):
 
     seen, forward = {}, vit.ViT.forward
 
-    def spied(self, images):
+    def spied(self, images, noise=None):
         if torch.is_grad_enabled() and self.training:  # not the k-NN monitor
             seen.setdefault(id(self), []).append(images.detach().clone())
-        return forward(self, images)
+        return forward(self, images, noise)
 
     monkeypatch.setattr(vit.ViT, "forward", spied)
     return seen
@@ -36,9 +37,9 @@ def views_seen(monkeypatch):
 @pytest.mark.parametrize("head", ["shared", "two"])
 def test_a_cc_teaches_the_student_alone(train, head, cc_local):
     def spy(g):
-        assert learns_from(g["cc"], g["ys"]) == [True, True] + [cc_local] * 2
-        assert learns_from(g["ce"], g["zs"]) == [True] * 4
-        assert learns_from(g["cc"], g["yt"]) is None and learns_from(g["ce"], g["zt"]) is None
+        assert learns_from(g["cc"], g["z_s_cc"]) == [True, True] + [cc_local] * 2
+        assert learns_from(g["ce"], g["z_s"]) == [True] * 4
+        assert learns_from(g["cc"], g["z_t_cc"]) is None and learns_from(g["ce"], g["z_t"]) is None
 
     train("hybrid_a.py", spy, n_local=2, head=head, cc_local=cc_local)
 
@@ -47,9 +48,9 @@ def test_a_cc_teaches_the_student_alone(train, head, cc_local):
 @pytest.mark.parametrize("head", ["shared", "two"])
 def test_b_cc_teaches_through_both_projections(train, head, cc_local):
     def spy(g):
-        assert learns_from(g["cc"], g["ys"]) == [True, True] + [cc_local] * 2
-        assert learns_from(g["ce"], g["zs"]) == [True] * 4
-        assert learns_from(g["ce"], g["zt"]) is None
+        assert learns_from(g["cc"], g["z_s_cc"]) == [True, True] + [cc_local] * 2
+        assert learns_from(g["ce"], g["z_s"]) == [True] * 4
+        assert learns_from(g["ce"], g["z_t"]) is None
 
     train("hybrid_b.py", spy, n_local=2, head=head, cc_local=cc_local)
 
@@ -84,15 +85,15 @@ def test_pairs_of_equal_views_never_meet(train, script):
     """A prediction is judged by the other teacher view alone: ce is linear in pt, so its gradient shows the pairs."""
 
     def spy(g):
-        zs = g["zs"].detach().requires_grad_()
+        zs = g["z_s"].detach().requires_grad_()
         met = torch.zeros(2, 4)
         for u in range(2):
-            only = torch.zeros_like(g["pt"])
-            only[u] = g["pt"][u]
+            only = torch.zeros_like(g["p_t"])
+            only[u] = g["p_t"][u]
             pairs = g["cross_entropy"](only, zs, g["tau_s"]) * g["pairs"]
             met[u] = torch.autograd.grad(pairs.sum(), zs)[0].abs().amax((1, 2)) > 0
         assert met.tolist() == [[0, 1, 1, 1], [1, 0, 1, 1]]
-        by_hand = [-(g["pt"][u] * (zs[v] / g["tau_s"]).log_softmax(-1)).sum(-1).mean() for u in range(2) for v in range(4) if u != v]
+        by_hand = [-(g["p_t"][u] * (zs[v] / g["tau_s"]).log_softmax(-1)).sum(-1).mean() for u in range(2) for v in range(4) if u != v]
         torch.testing.assert_close(g["ce"], torch.stack(by_hand).mean())
 
     train(script, spy, n_local=2)
@@ -100,7 +101,7 @@ def test_pairs_of_equal_views_never_meet(train, script):
 
 def test_a_cc_is_over_the_two_cross_pairs(train):
     def spy(g):
-        loss, ys, yt = g["cross_correlation_loss"], g["ys"], g["yt"]
+        loss, ys, yt = g["cross_correlation_loss"], g["z_s_cc"], g["z_t_cc"]
         torch.testing.assert_close(g["cc"], (loss(ys[0], yt[1], g["lambd"]) + loss(ys[1], yt[0], g["lambd"])) / 2)
         torch.testing.assert_close(g["loss"], g["ce"] + 7 * g["cc"])
 
@@ -109,9 +110,9 @@ def test_a_cc_is_over_the_two_cross_pairs(train):
 
 def test_b_losses_are_the_figures(train):
     def spy(g):
-        loss, zs = g["cross_correlation_loss"], g["zs"]
-        torch.testing.assert_close(g["cc"], loss(g["ys"][0], g["ys"][1], g["lambd"]))
-        by_hand = [-(g["pt"][0] * (z / g["tau_s"]).log_softmax(-1)).sum(-1).mean() for z in zs]
+        loss, zs = g["cross_correlation_loss"], g["z_s"]
+        torch.testing.assert_close(g["cc"], loss(g["z_s_cc"][0], g["z_s_cc"][1], g["lambd"]))
+        by_hand = [-(g["p_t"][0] * (z / g["tau_s"]).log_softmax(-1)).sum(-1).mean() for z in zs]
         torch.testing.assert_close(g["ce"], torch.stack(by_hand).mean())
         torch.testing.assert_close(g["loss"], g["ce"] + 7 * g["cc"])
 
@@ -124,7 +125,7 @@ def trail(train, script, **keys):
 
     def snapshot(g):
         flat = [torch.cat([p.detach().flatten() for p in g[name].parameters()]) for name in ("student", "teacher")]
-        return [*flat, g["center"].clone(), g["zt"].mean((0, 1))]
+        return [*flat, g["center"].clone(), g["z_t"].mean((0, 1))]
 
     g = train(script, lambda g: steps.append(snapshot(g)), **keys)
     return [*steps, snapshot(g)], g

@@ -85,10 +85,10 @@ def test_dinos_loss_in_the_loop_is_lightlys(train, script):
 
     def spy(g):
         torch.testing.assert_close(g["center"], oracle.center[0, 0], rtol=1e-5, atol=1e-7)
-        z = [z.detach().requires_grad_() for z in g["zs"]]
-        theirs = oracle(list(g["zt"]), z, teacher_temp=g["tau"])
+        z = [z.detach().requires_grad_() for z in g["z_s"]]
+        theirs = oracle(list(g["z_t"]), z, teacher_temp=g["tau"])
         torch.testing.assert_close(g["ce"], theirs, rtol=1e-6, atol=1e-6)
-        ours = torch.autograd.grad(g["ce"], g["zs"], retain_graph=True)[0]
+        ours = torch.autograd.grad(g["ce"], g["z_s"], retain_graph=True)[0]
         torch.testing.assert_close(ours, torch.stack(torch.autograd.grad(theirs, z)), rtol=1e-4, atol=1e-9)
         seen.append(g["step"])
 
@@ -138,7 +138,7 @@ def test_a_run_with_a_tiny_batch_or_one_column_stays_finite(train, script, keys)
 
 
 def test_entropy():
-    from monitor import entropy
+    from twins.monitor import entropy
 
     assert entropy(torch.full((3, 8), 1 / 8)).item() == pytest.approx(math.log(8))
     assert entropy(F.one_hot(torch.arange(3), 8).float()).item() == 0

@@ -8,17 +8,17 @@ import subprocess
 import sys
 import time
 
-import common
 import pytest
 import torch
-from run import load_checkpoint
 
 from conftest import ROOT, SCRIPTS, tiny
+from twins import attention, processes
+from twins.files import read_checkpoint
 
 # AdamW (eps 1e-8) makes steps of rounding, too: of a gradient of 1e-13 one of 1e-5 learning rates, with this one 1e-11. Where there
 # is a gradient a step is 1e-6, whatever its size, so that a wrong one shows.
 KEYS = dict(dtype="float64", max_steps=5, base_lr=2e-5, warmup_epochs=0.0, drop_path=0.3, log_every=1)
-AHEAD_OF_BATCHNORM = ("head.mlp.0.bias", "head.mlp.3.bias")  # which takes them out again: their gradient is nothing but rounding
+AHEAD_OF_BATCHNORM = ("head.mlp.0.bias", "head.mlp.3.bias")  # with head_bn: their gradient is nothing but rounding
 
 
 def start(processes, script, **keys):
@@ -51,20 +51,20 @@ def one(tmp_path_factory):
 
 
 def results(out):
-    return load_checkpoint(out / "ckpt.pt"), [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return read_checkpoint(out / "ckpt.pt"), [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def difference(a, b):
     """The largest between two checkpoints' tensors and two logs' numbers."""
     (saved, rows), (others, other_rows) = a, b
     worst = 0.0
-    for name in {"student", "teacher", "center"} & saved.keys():
+    for name in {"student", "teacher", "center", "network"} & saved.keys():
         mine, theirs = ({name: s[name]} if name == "center" else s[name] for s in (saved, others))
         pairs = [(v, theirs[k]) for k, v in mine.items() if k not in AHEAD_OF_BATCHNORM]
         worst = max(worst, *((x - y).abs().max().item() for x, y in pairs))
     for row, other in zip(rows, other_rows, strict=True):
         assert row.keys() == other.keys()
-        worst = max(worst, *(abs(row[k] - other[k]) for k in row if k != "images_per_s"))
+        worst = max(worst, *(abs(row[k] - other[k]) for k in row if k not in ("images_per_s", "seconds")))
     return worst
 
 
@@ -77,36 +77,43 @@ def test_processes_together_are_one(script, processes, one, tmp_path):
     assert done.out.count("minutes of training") == 1  # one process speaks
 
 
+def copy_of_the_code(folder):
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("twins/*.py")]:
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text())
+
+
 MUTATIONS = {
-    "an all_reduce without a gradient": ("common.py", "return MeanOfProcesses.apply(gradient)", "return gradient / world()"),
+    "an all_reduce without a gradient": ("twins/processes.py", "return MeanOverProcesses.apply(gradient)", "return gradient / world()"),
     "batch statistics of a process": ("hybrid_a.py", "z - global_mean(z.mean(0))", "z - z.mean(0)"),
-    "a centre of a process": ("hybrid_a.py", "center.lerp_(global_mean(zt.mean((0, 1)))", "center.lerp_(zt.mean((0, 1))"),
+    "a centre of a process": ("hybrid_a.py", "center.lerp_(global_mean(z_t.mean((0, 1)))", "center.lerp_(z_t.mean((0, 1))"),
 }
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_comparison_can_fail(mutation, one, tmp_path):
     file, old, new = MUTATIONS[mutation]
-    for path in ROOT.glob("*.py"):
-        text = path.read_text()
-        assert path.name != file or old in text
-        (tmp_path / path.name).write_text(text.replace(old, new) if path.name == file else text)
+    copy_of_the_code(tmp_path)
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new))
     done = run(2, "hybrid_a.py", folder=tmp_path, out_dir=tmp_path / "run")
     assert done.returncode == 0, done.err
     assert difference(one("hybrid_a.py"), results(tmp_path / "run")) > 1e-7
 
 
 def test_a_nan_of_one_process_stops_all_with_one_message(tmp_path):
-    for path in ROOT.glob("*.py"):
-        (tmp_path / path.name).write_text(path.read_text())
+    copy_of_the_code(tmp_path)
     script = tmp_path / "dino.py"
-    bad = "        if step == 3 and os.environ['RANK'] == '1':\n            loss = loss * float('nan')\n        optimizer.zero_grad()"
-    script.write_text("import os\n" + script.read_text().replace("        optimizer.zero_grad()", bad, 1))
+    check = "        run.check(step, lr"
+    bad = f"        if step == 3 and os.environ['RANK'] == '1':\n            loss = loss * float('nan')\n{check}"
+    script.write_text("import os\n" + script.read_text().replace(check, bad, 1))
     begun = time.time()
     done = run(2, "dino.py", folder=tmp_path, out_dir=tmp_path / "run", save_every=1)
     assert done.returncode != 0 and time.time() - begun < 30 + 15  # the start takes some
-    assert done.err.count("error: loss is nan at step 4") == 1 and f'File "{script}"' not in done.err
-    saved = load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert done.err.count("error: loss is nan at step 3") == 1 and f'File "{script}"' not in done.err
+    saved = read_checkpoint(tmp_path / "run" / "ckpt.pt")
     assert saved["step"] == 3 and all(v.isfinite().all() for v in saved["student"].values())
 
 
@@ -122,14 +129,14 @@ def test_a_signal_saves_once_and_any_number_of_processes_go_on(tmp_path, one):
     wait_for_a_row(process, out)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
-    assert said.count("and saved; go on with") == 1
-    step = load_checkpoint(out / "ckpt.pt")["step"]
+    assert said.count("and saved; continue with") == 1
+    step = read_checkpoint(out / "ckpt.pt")["step"]
     assert f"stopped at step {step} and saved" in said
     for processes in (4, 1):
         more = run(processes, "hybrid_b.py", out_dir=out, max_steps=step + 2, resume=True)
         assert more.returncode == 0 and f"at step {step}" in more.out, more.err
         step += 2
-        assert load_checkpoint(out / "ckpt.pt")["step"] == step
+        assert read_checkpoint(out / "ckpt.pt")["step"] == step
 
 
 def test_a_killed_process_ends_the_others_with_a_sentence(tmp_path):
@@ -140,20 +147,19 @@ def test_a_killed_process_ends_the_others_with_a_sentence(tmp_path):
     os.kill(int(children[-1]), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and "another process of this run ended" in err, err
-    assert load_checkpoint(out / "ckpt.pt")["step"] >= 2
+    assert read_checkpoint(out / "ckpt.pt")["step"] >= 2
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path):
     done = run(2, "dino.py", out_dir=tmp_path / "run", batch_size=15)
     errors = [line for line in done.err.splitlines() if line.removeprefix("[rank0]: ").startswith("error: ")]
-    assert done.returncode != 0 and len(errors) == 1 and "batch_size=15 is for all processes" in errors[0]
+    assert done.returncode != 0 and len(errors) == 1 and "batch_size=15 is the total of 2 processes" in errors[0]
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("script", ["eval_linear", "attn_viz", "seg_transfer"])
 def test_evaluation_shares_the_images(script, tmp_path, monkeypatch):
     """Each of three processes looks at its part, and what is gathered is what one process finds."""
-    import attn_viz
     import eval_linear
     import seg_transfer
     from vit import ViT
@@ -162,14 +168,15 @@ def test_evaluation_shares_the_images(script, tmp_path, monkeypatch):
     cpu, off = torch.device("cpu"), torch.autocast("cpu", enabled=False)
     look = {
         "eval_linear": lambda: eval_linear.extract_all(vit, images, cpu, off, "")["linear_avg"],
-        "attn_viz": lambda: attn_viz.attend(vit, images, cpu, off)[0],
+        "attn_viz": lambda: attention.attend(vit, images, cpu, off)[0],
         "seg_transfer": lambda: seg_transfer.cached_tokens(vit, images, cpu, off, ""),
     }[script]
-    module, whole, parts = sys.modules[script], look(), []
-    monkeypatch.setattr(common, "world", lambda: 3)
+    module = attention if script == "attn_viz" else sys.modules[script]
+    whole, parts = look(), []
+    monkeypatch.setattr(processes, "world", lambda: 3)
     monkeypatch.setattr(module, "gather", lambda x: x)
     for i in range(3):
-        monkeypatch.setattr(common, "rank", lambda i=i: i)
+        monkeypatch.setattr(processes, "rank", lambda i=i: i)
         parts.append(look())
     assert [len(part) for part in parts] == [4, 3, 3]
     torch.testing.assert_close(torch.cat(parts), whole)
@@ -192,15 +199,15 @@ def test_processes_part_at_the_end_but_not_after_an_error(tmp_path, fails):
     program = f"""
 import atexit, sys
 import torch, torch.distributed as dist
-import common
+from twins import processes
 
 atexit.register(lambda: print("still joined:", dist.is_initialized()))
-sys.excepthook = common.explain
-common.setup("cpu", "float32", 0)
+sys.excepthook = processes.excepthook
+processes.setup("cpu", "float32", 0)
 for _ in range(300):  # gloo's threads are busy at the end
     dist.all_reduce(torch.zeros(10), async_op=True)
 1 / {0 if fails else 1}
 """
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    alone = {"TORCHELASTIC_RUN_ID": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, timeout=60)
     assert done.returncode == fails and f"still joined: {fails}" in done.stdout, done.stderr

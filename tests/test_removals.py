@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
 from conftest import SCRIPTS
 from test_figures import trail
+from twins import datasets
+from twins.datasets import shapes
+from twins.processes import BatchNorm1d
 
 pytestmark = pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "barlow.py"])
 
@@ -27,9 +31,12 @@ def test_sharpening(train, script):
     assert all(tau < 0.1 for tau in watch(train, script, lambda g: g["tau"], tau_t_warmup_epochs=1.0))
 
 
-def test_teacher_temperature_warmup(train, script):
-    on = watch(train, script, lambda g: g["tau"], max_steps=4, tau_t=0.07, tau_t_warmup_epochs=2 / 675)  # 675 steps an epoch
-    assert on == pytest.approx([0.04, 0.055, 0.07, 0.07])
+def test_teacher_temperature_warmup(train, script, monkeypatch):
+    few = shapes("train")
+    few = few._replace(images=few.images[:36], labels=few.labels[:36], masks=None)  # two steps an epoch
+    monkeypatch.setattr(datasets, "shapes", lambda split: few)
+    tau = watch(train, script, lambda g: g["tau"], max_steps=8, tau_t=0.07, tau_t_warmup_epochs=3.0)
+    assert tau == pytest.approx([0.04, 0.04, 0.055, 0.055, 0.07, 0.07, 0.07, 0.07])  # np.linspace by epoch
     assert watch(train, script, lambda g: g["tau"], tau_t=0.07, tau_t_warmup_epochs=0) == [0.07] * 3
 
 
@@ -45,32 +52,40 @@ def test_ema_schedule(train, script, end):
 def test_ema(train, script):
     steps, g = trail(train, script, ema=0, drop_path=0.0)
     assert all(torch.equal(student, teacher) for student, teacher, *_ in steps)
-    assert not g["zt"].requires_grad and not any(p.requires_grad for p in g["teacher"].parameters())
+    assert not g["z_t"].requires_grad and not any(p.requires_grad for p in g["teacher"].parameters())
     steps, _ = trail(train, script)
     assert not torch.equal(steps[-1][0], steps[-1][1])
 
 
-def scaled_prototypes(g):
-    """How much longer z gets when the last layer's weights are doubled, and the length of its rows at most."""
+def scaled(g, layer):
+    """How much longer z gets when the weights of one of the head's layers are doubled."""
     head, x = g["student"].head, torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         z = head(x)
-        head.last.weight.mul_(2)
-        ratio = (head(x) / z).median().item()
-        head.last.weight.div_(2)
-        head.mlp[-1].weight.mul_(2), head.mlp[-1].bias.mul_(2)
-        ratio_before = (head(x) / z).median().item()
-    return ratio, ratio_before
+        for p in layer(head):
+            p.mul_(2)
+        return (head(x) / z).median().item()
 
 
 def test_weight_normed_last_layer(train, script):
-    assert scaled_prototypes(train(script))[0] == pytest.approx(1)
-    assert scaled_prototypes(train(script, norm_last_layer=False))[0] == pytest.approx(2)
+    """As in official code: the direction alone counts; without the option prototypes learn their lengths, from 1."""
+    fixed, free = (train(script, norm_last_layer=norm, warmup_epochs=0, freeze_last_layer_epochs=0) for norm in (True, False))
+    for g in (fixed, free):
+        assert scaled(g, lambda head: [head.last.weight]) == pytest.approx(1)
+    assert fixed["student"].head.length.eq(1).all() and free["student"].head.length.ne(1).all()
+
+
+def test_batchnorm_in_the_head(train, script):
+    """Official DINO has none with a ViT, which is the default."""
+    for head_bn in (False, True):
+        found = [m for m in train(script, head_bn=head_bn)["student"].head.modules() if isinstance(m, nn.BatchNorm1d)]
+        assert len(found) == 2 * head_bn and all(isinstance(m, BatchNorm1d) for m in found)
+    assert not [m for m in train(script)["student"].head.modules() if isinstance(m, nn.BatchNorm1d)]
 
 
 def test_l2_bottleneck(train, script):
-    assert scaled_prototypes(train(script))[1] == pytest.approx(1)
-    assert scaled_prototypes(train(script, l2_bottleneck=False))[1] == pytest.approx(2)
+    assert scaled(train(script), lambda head: head.mlp[-1].parameters()) == pytest.approx(1)
+    assert scaled(train(script, l2_bottleneck=False), lambda head: head.mlp[-1].parameters()) == pytest.approx(2)
 
 
 def test_frozen_last_layer(train, script):
@@ -88,7 +103,7 @@ def test_learning_rate_warmup(train, script):
         return g["optimizer"].param_groups[0]["lr"], g["optimizer"].param_groups[1]["lr"]
 
     assert watch(train, script, lr, warmup_epochs=0)[0] == pytest.approx((2e-3 / 16, 2e-3 / 16))  # base_lr x 16 / 256
-    assert [a for a, _ in watch(train, script, lr, warmup_epochs=4 / 675)] == pytest.approx([0, 2e-3 / 64, 2e-3 / 32])
+    assert [a for a, _ in watch(train, script, lr, warmup_epochs=3.5 / 675)] == pytest.approx([0, 2e-3 / 32, 2e-3 / 16])  # 3 steps
 
 
 def test_weight_decay_schedule(train, script):

@@ -8,18 +8,17 @@ import sys
 import time
 from pathlib import Path
 
-import common
-import decoding
 import numpy as np
 import pytest
 import torch
-from common import UserError
 from PIL import Image
-from run import load_checkpoint
 from safetensors.torch import load_file
 
 import data
 from conftest import ROOT, SCRIPTS, tiny
+from twins import datasets, decoding, files
+from twins.errors import UserError
+from twins.files import read_checkpoint
 from vit import ViT
 
 
@@ -28,14 +27,14 @@ def rows_of(g):
 
 
 def without_time(rows):
-    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("images_per_s", "seconds")} for row in rows]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_writes_what_it_promises(train, script, capsys):
     g = train(script, pictures=True)
     out, bare = Path(g["out_dir"]), script.removesuffix(".py")
-    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "crops.png", "curves.png", "export"}
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "crops.png", "curves.png", "export", "script.py"}
     config = json.loads((out / "config.json").read_text())
     assert config["script"] == bare and config["dim"] == 16 and config["base_lr"] == 2e-3 and config["versions"]["torch"]
     for name, columns in (("crops.png", 4), ("curves.png", 6)):
@@ -43,18 +42,19 @@ def test_a_run_writes_what_it_promises(train, script, capsys):
     exported = json.loads((out / "export" / "config.json").read_text())["model_args"]
     vit = ViT(exported["img_size"], exported["patch_size"], exported["embed_dim"], exported["depth"], exported["num_heads"])
     vit.load_state_dict(load_file(out / "export" / "model.safetensors"))
-    best = g["best"].eval()
+    backbone = g["eval_backbone"].eval()
     x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(vit.eval()(x), best(x))
+    assert torch.equal(vit.eval()(x), backbone(x))
     said = capsys.readouterr().out
-    assert "defaults for shapes: " in said and f"| {bare} on shapes |" in said and "| knn |" in said and "| seed | 0 |" in said
+    assert "defaults for this preset: " in said and f"| {bare} on shapes |" in said and "| knn |" in said and "| seed | 0 |" in said
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resumed_is_uninterrupted(train, script, tmp_path, monkeypatch):
     """Stopped after 3 of 6 steps, at an epoch's end, and resumed: the same rows, the same weights, to the bit."""
-    some = data.shapes("train")
-    monkeypatch.setattr(data, "shapes", lambda split: some._replace(images=some.images[:60], labels=some.labels[:60], masks=None))
+    few = datasets.shapes("train")
+    few = few._replace(images=few.images[:60], labels=few.labels[:60], masks=None)
+    monkeypatch.setattr(datasets, "shapes", lambda split: few)
     keys = dict(max_steps=6, drop_path=0.5)
     whole = train(script, **keys)
 
@@ -65,13 +65,15 @@ def test_resumed_is_uninterrupted(train, script, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as end:
         train(script, stop, out_dir=tmp_path / "halves", **keys)
     assert end.value.code == 128 + signal.SIGTERM
-    assert load_checkpoint(tmp_path / "halves" / "ckpt.pt")["step"] == 3
+    assert read_checkpoint(tmp_path / "halves" / "ckpt.pt")["step"] == 3
     with open(tmp_path / "halves" / "log.jsonl", "a") as file:
         file.write('{"step": 4, "loss": 0.0}\n{"step": 5, "lo')  # what a kill -9 leaves behind
     halves = train(script, out_dir=tmp_path / "halves", resume=True, **keys)
     assert without_time(rows_of(halves)) == without_time(rows_of(whole))
     for name in whole["state"]:
         one, other = (g["state"][name] for g in (whole, halves))
+        if not isinstance(one, torch.nn.Module | torch.Tensor):
+            continue  # the optimizer is compared by what it did; the data's fingerprint is a text
         one, other = ([x] if isinstance(x, torch.Tensor) else list(x.parameters()) for x in (one, other))
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -96,8 +98,8 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     process.send_signal(number)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in errors
-    step = load_checkpoint(out / "ckpt.pt")["step"]
-    assert f"stopped at step {step} and saved; go on with: python" in said and "--resume=True" in said
+    step = read_checkpoint(out / "ckpt.pt")["step"]
+    assert f"stopped at step {step} and saved; continue with: python" in said and "--resume=True" in said
     assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] <= step
 
 
@@ -106,23 +108,26 @@ def test_a_nan_stops_the_run_and_saves_nothing(train, tmp_path):
         if g["step"] == 2:
             g["student"].backbone.cls_token.data.fill_(float("nan"))
 
-    with pytest.raises(UserError, match=r"is nan at step 4; .*ckpt.pt holds the last sound step"):
+    with pytest.raises(UserError, match=r"ce is nan at step 3, learning rate .*, ckpt.pt is sound"):
         train("hybrid_a.py", poison, max_steps=9, save_every=2, out_dir=tmp_path / "nan")
-    saved = load_checkpoint(tmp_path / "nan" / "ckpt.pt")
+    saved = read_checkpoint(tmp_path / "nan" / "ckpt.pt")
     assert saved["step"] == 2 and all(v.isfinite().all() for v in saved["student"].values())
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_whole(train, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_checkpoint_whole(train, tmp_path, monkeypatch, capsys):
     def fill(g):
         if g["step"] == 2:
-            monkeypatch.setattr(common.os, "fsync", full)
+            monkeypatch.setattr(files.os, "fsync", full)
 
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\): what was saved before is whole"):
+    with pytest.raises(UserError, match=r"ended at step 9 but its last save failed: .*No space left on device"):
         train("barlow.py", fill, max_steps=9, save_every=2, out_dir=tmp_path / "full")
-    assert load_checkpoint(tmp_path / "full" / "ckpt.pt")["step"] == 2
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("warning at step") == 4  # at every save
+    assert not list((tmp_path / "full").rglob("*.part"))
+    assert read_checkpoint(tmp_path / "full" / "ckpt.pt")["step"] == 2
 
 
 # one process each: exit code, one sentence, no traceback, nothing written
@@ -139,14 +144,14 @@ def refused(result, code, *words):
     "key, code, words",
     [
         ("--alhpa=3", 2, ["--alhpa=3", "did you mean --alpha?"]),
-        ("--zzz", 2, ["--zzz", "--help lists the keys"]),
-        ("--batch_size=many", 2, ["batch_size", "invalid int value: 'many'"]),
-        ("--centering=perhaps", 2, ["centering", "true_or_false"]),
-        ("--global_scale=1", 2, ["global_scale", "low_high"]),
-        ("--global_scale=0.9,0.4", 1, ["global_scale", "0 < low <= high <= 1"]),
+        ("--zzz", 2, ["--zzz", "--help lists the options"]),
+        ("--batch_size=many", 1, ["--batch_size=many", "a whole number"]),
+        ("--centering=perhaps", 1, ["centering", "True or False"]),
+        ("--global_scale=1", 1, ["global_scale", "2 numbers in ascending order"]),
+        ("--global_scale=0.9,0.4", 1, ["global_scale", "2 numbers in ascending order"]),
         ("--depth=0", 1, ["--depth=0", "from 1 to"]),
         ("--batch_size=1", 1, ["--batch_size=1", "from 2"]),
-        ("--base_lr=nan", 1, ["--base_lr=nan", "a number"]),
+        ("--base_lr=nan", 1, ["--base_lr=nan", "from 0 to"]),
         ("--seed=-1", 1, ["--seed=-1", "from 0"]),
         ("--tau_t=0", 1, ["--tau_t=0", "from 1e-06"]),
         ("--image_size=30", 1, ["30", "patch_size=4", "28 or 32"]),
@@ -156,7 +161,7 @@ def refused(result, code, *words):
         ("--dataset=cifar11", 1, ["cifar11", "shapes, cifar10, cifar100, imagenet32, stl10, folder"]),
         ("--device=tpu", 1, ["--device=tpu", "--device=cpu"]),
         ("--dtype=float8", 1, ["--dtype=float8", "bfloat16"]),
-        ("--logger=paper", 1, ["--logger=paper", "tensorboard or wandb"]),
+        ("--logger=paper", 1, ["--logger=paper", "tensorboard or wandb or trackio"]),
         ("--head=three", 1, ["--head=three", "shared or two"]),
         ("--resume=True", 1, ["holds no run to resume"]),
     ],
@@ -169,7 +174,9 @@ def test_a_wrong_key_is_one_sentence(command, tmp_path, key, code, words):
 def test_help_has_the_docstring_and_every_key(command):
     said = command("hybrid_b.py", "--help").stdout
     assert "Hybrid B: Barlow Twins" in said
-    assert "--ema FLOAT" in said and "the teacher's momentum at the start" in said and "(default: 0.996)" in said
+    assert "--tau_s=0.1" in said and "momentum of the teacher at the start" in said and "from 0 to 1" in said
+    said = command("hybrid_b.py", "--help", dataset="shapes").stdout
+    assert "--ema=0.8 " in said and "--max_steps=300 " in said  # in force for this data set
 
 
 def folders(tmp_path):
@@ -232,7 +239,7 @@ def test_a_broken_cache_is_made_anew_and_classes_are_the_trained_ones(tmp_path):
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    assert abs(int(data.decode(tmp_path / "ramp.png", 16).mean()) - 127) < 2
+    assert abs(int(datasets.decode(tmp_path / "ramp.png", 16).mean()) - 127) < 2
 
 
 def test_a_flat_folder_trains_without_labels(train, tmp_path):
@@ -257,23 +264,23 @@ def test_a_run_is_never_overwritten(command, train, tmp_path):
     refused(command("dino.py", out_dir=out, resume=True, dim=32), 1, "does not fit", "'dim'")
     refused(command("dino.py", out_dir=out, resume=True, seed=7), 1, "is a run with --seed=0")
     checkpoint = out / "ckpt.pt"
-    whole = checkpoint.read_bytes()
+    whole, weights = checkpoint.read_bytes(), read_checkpoint(checkpoint)["student"]["head.last.weight"]
     for broken in (b"no checkpoint", b"", whole[:5000]):
         checkpoint.write_bytes(broken)
-        refused(command("dino.py", out_dir=out, resume=True), 1, "no whole checkpoint")
+        refused(command("dino.py", out_dir=out, resume=True), 1, "not a complete checkpoint")
     flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
+    flipped[whole.find(weights.numpy().tobytes()) + 5] ^= 1
     checkpoint.write_bytes(flipped)
     refused(command("dino.py", out_dir=out, resume=True), 1, "damaged")
     checkpoint.write_bytes(whole)
     torch.save({"state_dict": {}}, checkpoint)
-    refused(command("dino.py", out_dir=out, resume=True), 1, "no checkpoint of these scripts")
+    refused(command("dino.py", out_dir=out, resume=True), 1, "not a checkpoint of a training script")
     checkpoint.write_bytes(whole)
     assert {p: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
 
 def test_two_runs_do_not_share_a_folder(command, tmp_path):
-    from decoding import locked
+    from twins.decoding import locked
 
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run"):

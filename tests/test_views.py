@@ -2,7 +2,6 @@
 
 import time
 
-import common
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torchvision.transforms.v2.functional as tv
 
 import data
 from data import Crop, batch_indices, load, multi_crop
+from twins import datasets, processes
 
 CROPS = [Crop(32, (0.4, 1.0), blur=1.0), Crop(32, (0.4, 1.0), blur=0.1, solarize=0.2), *[Crop(16, (0.1, 0.4), blur=0.5)] * 6]
 
@@ -58,12 +58,12 @@ def test_crop_and_flip_are_torchvisions(x, size):
     ours = data.resized_crop(x, p["left"], p["top"], p["width"], p["height"], p["flip"], size)
     for i, image in enumerate(x):
         box = [int(p[k][i]) for k in ("top", "left", "height", "width")]
-        theirs = tv.resized_crop(image, *box, [size, size], antialias=True)
+        theirs = tv.resized_crop(image, *box, [size, size], T.InterpolationMode.BICUBIC, antialias=True)
         agrees(ours[i], tv.horizontal_flip(theirs) if p["flip"][i] else theirs)
 
 
 def test_normalise_is_torchvisions(x):
-    agrees(data.normalise(x), tv.normalize(x, data.MEAN, data.STD))
+    agrees(data.normalise(x), tv.normalize(x, datasets.MEAN, datasets.STD))
 
 
 def test_drawn_parameters_have_byols_probabilities():
@@ -98,10 +98,10 @@ def test_views_depend_on_seed_and_step_alone(images):
 def test_the_views_of_processes_together_are_those_of_one(images, monkeypatch):
     whole = multi_crop(images, CROPS, 3, 5)
     monkeypatch.setattr(data, "world", lambda: 4)
-    monkeypatch.setattr(common, "world", lambda: 4)
+    monkeypatch.setattr(processes, "world", lambda: 4)
     parts = []
     for i in range(4):
-        monkeypatch.setattr(common, "rank", lambda i=i: i)
+        monkeypatch.setattr(processes, "rank", lambda i=i: i)
         parts.append(multi_crop(images.chunk(4)[i], CROPS, 3, 5))
     for v, view in enumerate(whole):
         torch.testing.assert_close(torch.cat([part[v] for part in parts]), view)
@@ -120,8 +120,8 @@ def test_views_are_8_times_faster_than_torchvisions():
     def transform(crop):
         jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)
         blur = T.RandomApply([T.GaussianBlur(13, (0.1, 2.0))], crop.blur)
-        parts = [T.RandomResizedCrop(crop.size, crop.scale), T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(0.2), blur]
-        more = [T.RandomSolarize(0.5, crop.solarize), T.Normalize(data.MEAN, data.STD)]
+        parts = [T.RandomResizedCrop(crop.size, crop.scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(0.2), blur]
+        more = [T.RandomSolarize(0.5, crop.solarize), T.Normalize(datasets.MEAN, datasets.STD)]
         return T.Compose([T.ToDtype(torch.float32, scale=True), *parts, *more])
 
     transforms = [transform(crop) for crop in CROPS]

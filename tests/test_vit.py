@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from common import UserError
 
 from vit import ViT
 
@@ -21,10 +20,14 @@ def images():
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def test_explicit_attention_is_fused_attention(vit, images):
-    fused, explicit = vit.layers(images, 3), vit.layers(images, 3, explicit=True)
-    for a, b in zip(fused, explicit, strict=True):
-        assert (a - b).abs().max() < 1e-5
+def test_explicit_attention_is_fused_attention(vit, images, monkeypatch):
+    """Whatever form a device and length take, and [CLS] alone in the last block is [CLS] of all tokens."""
+    outputs = []
+    for few in (0, 1000):
+        monkeypatch.setattr("vit.FEW_TOKENS", {torch.float32: few})
+        outputs.append(torch.stack(vit.layers(images, 3)))
+        assert (vit(images) - outputs[-1][-1][:, 0]).abs().max() < 1e-5
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-5
 
 
 def test_attention_of_any_block_are_distributions(vit, images):
@@ -57,17 +60,42 @@ def test_positions_are_interpolated_for_other_sizes(vit, images):
 
 @pytest.mark.parametrize("size, near", [(30, "28 or 32"), (33, "32 or 36"), (3, "try 4")])
 def test_a_size_that_the_patch_does_not_divide(vit, size, near):
-    with pytest.raises(UserError, match=near):
+    with pytest.raises(ValueError, match=near):
         vit(torch.zeros(1, 3, size, size))
-    with pytest.raises(UserError, match=near):
+    with pytest.raises(ValueError, match=near):
         ViT(size, 4, 48, 3, 3)
 
 
 def test_drop_path_leaves_out_whole_images_and_keeps_the_mean():
     torch.manual_seed(0)
-    drop = ViT(32, 4, 48, 3, 3, drop_path=0.4).blocks[-1].drop_path
-    x = drop(torch.ones(5000, 2, 3))
-    assert x.unique().tolist() == pytest.approx([0, 1 / 0.6])
-    assert x.mean().item() == pytest.approx(1, abs=0.05) and (x.amax((1, 2)) == x.amin((1, 2))).all()
-    assert torch.equal(drop.eval()(x), x)
-    assert [b.drop_path.rate for b in ViT(32, 4, 48, 3, 3, drop_path=0.4).blocks] == [0.0, 0.2, 0.4]
+    vit = ViT(32, 4, 48, 3, 3, drop_path=0.4)
+    keep = vit.blocks[-1].keep(torch.rand(5000))
+    assert keep.shape == (5000, 1, 1) and keep.unique().tolist() == pytest.approx([0, 1 / 0.6])
+    assert keep.mean().item() == pytest.approx(1, abs=0.05)
+    assert [block.drop_path for block in vit.blocks] == pytest.approx([0.0, 0.2, 0.4])
+    x = torch.randn(4, 3, 32, 32)
+    whole, (kept, dropped) = vit.eval()(x), (vit.train()(x, torch.full((6, 4), u)) for u in (0.999, 0.0))
+    for i in range(4):  # each image alone, nothing hidden: the numbers decide
+        alone = torch.full((6, 4), 0.999)
+        alone[:, i] = 0.0
+        mixed = vit(x, alone)
+        torch.testing.assert_close(mixed[i], dropped[i])
+        torch.testing.assert_close(mixed[i - 1], kept[i - 1])
+    assert not torch.equal(kept, whole) and torch.equal(vit.eval()(x, torch.zeros(6, 4)), whole)
+
+
+def test_positions_are_official_dinos(vit):
+    """interpolate_pos_encoding of facebookresearch/dino: scale (n + 0.1) / N, bicubic."""
+    grid = vit.pos_embed[:, 1:].reshape(1, 8, 8, 48).permute(0, 3, 1, 2)
+    theirs = torch.nn.functional.interpolate(grid, scale_factor=(6.1 / 8, 5.1 / 8), mode="bicubic")
+    assert torch.equal(vit.positions(6, 5)[0, 1:], theirs.permute(0, 2, 3, 1).reshape(30, 48))
+
+
+def test_registers_are_timms(images):
+    timm = pytest.importorskip("timm", reason="timm is not installed (.ci/run installs it)")
+    vit = ViT(32, 4, 48, 2, 3, registers=4).eval()
+    model = timm.models.vision_transformer.VisionTransformer(**vit.timm_args()).eval()
+    model.load_state_dict(vit.state_dict())
+    assert vit.num_prefix_tokens == model.num_prefix_tokens == 5
+    assert (model(images) - vit(images)).abs().max() < 1e-5
+    assert (model.forward_features(images) - vit.layers(images)[-1]).abs().max() < 1e-5

@@ -72,7 +72,7 @@ def load_pickle(path, device="cpu"):
     except UserError:
         raise
     except Exception as error:  # torch and zipfile raise many kinds
-        raise UserError(f"{path} is not a complete checkpoint ({first_line(error)})") from None
+        raise UserError(f"{path} is not a complete checkpoint ({first_line(error)[:80]})") from None
     if not isinstance(saved, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(saved).__name__}")
     return saved

@@ -1,0 +1,214 @@
+"""ablate.py and its parts: settings, jobs, rows, tables, and a study that is killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ablate
+from conftest import ROOT
+from twins.errors import UserError
+from twins.files import write_file
+from twins.jobs import run_jobs
+from twins.settings import draw_setting, read_script, removals, toggle
+from twins.studies import best_setting, paired, report_study, run_results, unfinished, write_rows
+
+WITH_TEACHER = ("dino", "hybrid_a", "hybrid_b")
+
+
+def test_settings_are_drawn_from_the_space_and_shared():
+    draws = {}
+    for script in (*WITH_TEACHER, "barlow"):
+        options = read_script(ROOT / f"{script}.py", ("cifar10", "small"))[1]
+        draws[script] = [draw_setting(ablate.SPACE, 0, trial, options) for trial in range(40)]
+        assert draws[script] == [draw_setting(ablate.SPACE, 0, trial, options) for trial in range(40)]
+        assert all(setting.keys() <= options.keys() for setting in draws[script])
+    for barlow, hybrid in zip(draws["barlow"], draws["hybrid_a"], strict=True):
+        assert all(hybrid[option] == value for option, value in barlow.items())
+    assert "alpha" not in draws["dino"][0] and "ema" not in draws["barlow"][0]
+    assert set(ablate.SPACE) == {option for setting in draws["hybrid_b"] for option in setting}
+    for option, values in ablate.SPACE.items():
+        seen = [setting[option] for setting in draws["hybrid_b"]]
+        if isinstance(values, tuple):
+            assert min(seen) >= values[0] and max(seen) <= values[1]
+            assert 0.25 < np.mean(np.log(seen) < np.mean(np.log(values))) < 0.75  # log-uniform: half below
+        else:
+            assert set(seen) == set(values)
+    other = draw_setting(ablate.SPACE, 1, 0, read_script(ROOT / "dino.py", ())[1])
+    assert other != draws["dino"][0]
+
+
+@pytest.mark.parametrize("script", WITH_TEACHER)
+def test_every_mechanism_can_be_toggled_twice(script):
+    options = read_script(ROOT / f"{script}.py", ("cifar10", "small"))[1]
+    for name, mechanism in ablate.MECHANISMS.items():
+        once, first = toggle(mechanism, {}, options)
+        assert {**options, **once} != options, name
+        _, second = toggle(mechanism, once, options)
+        assert {first, second} == {"on", "off"}, name
+    settings = removals(ablate.MECHANISMS, {"head_bn": False, "ema": 0.9}, options)
+    assert len(settings) == 2 + len(ablate.MECHANISMS) and "BatchNorm in the head on" in settings
+    assert settings["EMA schedule off"]["ema_end"] == 0.9 and "head_bn" in settings["all off"]
+    for mechanism in ablate.MECHANISMS.values():
+        assert toggle(mechanism, settings["all off"], options)[1] == "on"
+
+
+def job(name, log, *commands):
+    def steps():
+        for command in commands:
+            if (yield ["-c", command]):
+                raise UserError(f"{name} has failed")
+        return name
+
+    return name, log / f"{name}.txt", steps()
+
+
+def test_a_failing_job_costs_itself_alone(tmp_path):
+    wait = "import time; time.sleep(0.3)"
+    finished = []
+    jobs = [job("good", tmp_path, wait, "print('done')"), job("bad", tmp_path, "exit(3)")]
+    jobs.append(job("last", tmp_path, wait))
+    failures, stopped = run_jobs(jobs, 2, lambda name, result: finished.append((name, result)))
+    assert failures == {"bad": "bad has failed"} and not stopped
+    assert sorted(finished) == [("good", "good"), ("last", "last")]
+    assert (tmp_path / "good.txt").read_text() == "done\n"
+
+
+def test_a_signal_lets_the_jobs_save(tmp_path):
+    saves = "import signal, time\n"
+    saves += f"signal.signal(15, lambda *_: exit(open(r'{tmp_path}/saved', 'w').write('1')))"
+    saves += f"\nopen(r'{tmp_path}/ready', 'w')\ntime.sleep(60)"
+    script = "import os, sys, threading, time; from pathlib import Path\nsys.path.insert(0, sys.argv[1])\n"
+    script += "from test_ablate import job, run_jobs\nfolder = Path(sys.argv[2])\n"
+    script += "print(run_jobs([job('a', folder, sys.argv[3]), job('b', folder, 'pass')], 1, print))"
+    words = [sys.executable, "-c", script, ROOT / "tests", tmp_path, saves]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=paths())
+    wait_for(lambda: (tmp_path / "ready").exists())
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[0].endswith("({}, True)\n")
+    assert (tmp_path / "saved").exists() and not (tmp_path / "b.txt").exists()
+
+
+def paths():
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+
+
+def wait_for(condition):
+    end = time.time() + 60
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.02)
+
+
+def row(script, label, seed, knn, **more):
+    about = {"script": script, "label": label, "seed": seed, "knn": knn, "knn_init": 0.2, "collapsed": False}
+    about.update(setting={"wd": knn}, id="0", budget=0.1, git_commit="a" * 40, git_edited=False, device="cpu")
+    about.update(rank=9.0, rank_init=10.0, pflop=0.1, seconds=60.0, steps=5, views=4)
+    return {**about, "curve": [[0, 0.2], [0.1, knn]], **more}
+
+
+def test_tables_of_planted_rows():
+    rows = [row("dino", "trial", 0, 0.3), row("dino", "trial", 1, 0.9, collapsed=True)]
+    rows.append(row("dino", "trial", 2, 0.4))
+    assert best_setting(rows, "dino") == {"wd": 0.4}
+    with pytest.raises(UserError, match="no trial of barlow without collapse"):
+        best_setting(rows, "barlow")
+    text = report_study(rows, "search", {"dino": "DINO"})["README.md"]
+    assert "| DINO | 3 | 1 of 3 (6 to 79 %) | 20.0 ± 0.0 | 53.3 ± 32.1 | 30.0 |  |  |  | 40.0 |" in text
+    assert "- DINO: `--wd=0.4`" in text and "Commit aaaaaaaa;" in text
+
+    seeds = range(1000, 1006)
+    rows = [row("dino", "full", seed, 0.4 + seed / 1e5) for seed in seeds]
+    rows += [row("dino", "EMA off", seed, 0.3 + seed / 1e5, git_commit="b" * 40) for seed in seeds]
+    rows += [row("dino", "centering off", seed, 0.405 + seed / 1e5) for seed in seeds][:5]
+    files = report_study(rows, "removal", {"dino": "DINO"})
+    text = files["README.md"]
+    assert "| EMA off | 6 | -10.0 | -10.0 to -10.0 | 0.031 | 0.062 | 0 of 6 (0 to 39 %) | cannot go |" in text
+    assert "| centering off | 5 | +0.5 | +0.5 to +0.5 | 0.062 | 0.062 | 0 of 5 (0 to 43 %) | can go |" in text
+    assert "Rows of 2 commits, whose code may differ: aaaaaaaa, bbbbbbbb;" in text
+    assert files["removal.png"].startswith(b"\x89PNG")
+
+    rows = [row("dino", "full", 1, 0.4), row("dino", "full", 2, 0.5), row("barlow", "full", 2, 0.6)]
+    assert paired(rows[2:], rows[:2], "held-out k-NN") == pytest.approx([0.1])
+    rows[2]["test"] = {"test linear": 0.7}  # DINO has none, so there is nothing to compare
+    files = report_study(rows, "models", {"dino": "DINO", "barlow": "Barlow Twins"})
+    text = files["README.md"]
+    assert "| Barlow Twins - DINO | 1 | +10.0 |" in text and "| test linear | pairs" not in text
+    assert "| Barlow Twins | 1 | 0.1 | 5 | 4 | 1.0 | 0 of 1 (0 to 79 %) | 9.0 (10.0) | 60.0 | 70.0 |" in text
+    assert set(files) == {"README.md", "cost.png", "differences.png"}
+
+
+@pytest.mark.parametrize(
+    "knn, rank, diverged, collapsed",
+    [(0.3, 2.5, False, False), (0.3, 2.4, False, True), (0.19, 9, False, True), (0.3, 9, True, True)],
+)
+def test_the_rule_of_collapse(tmp_path, knn, rank, diverged, collapsed):
+    config = {"git_commit": "a", "git_edited": False, "device_name": "cpu", "versions": {"torch": "2"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    log = [{"step": 0, "knn": 0.2, "rank": 10}, {"step": 5, "loss": 1}]
+    log.append({"step": 9, "knn": knn, "rank": rank, "seconds": 3})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    results = run_results(tmp_path, 1e14, diverged)
+    assert results["collapsed"] == collapsed and results["pflop"] == pytest.approx(0.9)
+    assert results["knn"] == (0.2 if diverged else knn)  # a run that diverged counts as its untrained network
+
+
+def test_rows_of_other_options_are_refused(tmp_path):
+    write_rows(tmp_path, [row("dino", "full", 1, 0.4)])
+    cells = [row("dino", "full", 1, 0.4), row("dino", "full", 2, 0.4)]
+    assert unfinished(cells, tmp_path, ablate.name_of) == cells[1:]
+    with pytest.raises(UserError, match="dino-full-1 with other options"):
+        unfinished([{**cells[0], "id": "1"}], tmp_path, ablate.name_of)
+
+
+def test_a_killed_study_continues_and_a_failing_run_costs_itself_alone(tmp_path, monkeypatch):
+    """SIGKILL in the middle, one run fails: the other's row is what its command gives in one go."""
+    setting = {"dim": 16, "depth": 1, "heads": 1, "batch_size": 8, "knn_bank": 50, "knn_queries": 40}
+    (tmp_path / "search").mkdir()
+    write_rows(tmp_path / "search", [row("barlow", "trial", 0, 0.3, setting=setting)])
+    options = {"study": "removal", "scripts": "barlow", "seeds": 2, "pflop": 1e-6, "search_dir": "search"}
+    options.update(out_dir="results", runs_dir="runs", device="cpu", preset="")
+    monkeypatch.chdir(tmp_path)
+    for name, value in options.items():
+        monkeypatch.setattr(ablate, name, value)
+    folders = [tmp_path / ablate.run_folder(cell) for cell in ablate.make_cells()]
+    for folder in folders:  # as if its steps had been measured already
+        write_file(folder.with_suffix(".json"), json.dumps({"flop": 1e7, "n_views": 2}))
+    write_file(folders[1] / "ckpt.pt", "not a checkpoint")
+
+    def start_study(jobs):
+        words = [f"--{name}={value}" for name, value in {**options, "jobs": jobs}.items()]
+        return subprocess.Popen([sys.executable, ROOT / "ablate.py", *words], env=paths(), **PIPES)
+
+    killed = start_study(1)
+    wait_for((folders[0] / "ckpt.pt").exists)
+    killed.kill()
+    killed.communicate()
+    wait_for(lambda: not any(folders[0].name in line for line in command_lines()))  # no child survives
+    assert not Path("results/rows.jsonl").exists()
+
+    said, errors = start_study(2).communicate(timeout=100)
+    assert f"{ablate.name_of(row('barlow', 'full', 1000, 0))}: k-NN" in said and "Traceback" not in errors
+    assert errors.splitlines()[-2] == "failed:"
+    assert errors.splitlines()[-1].startswith("barlow-full-1001: exit code 1: error: ")
+    (made,) = [json.loads(line) for line in Path("results/rows.jsonl").read_text().splitlines()]
+    assert "resumed" in folders[0].with_suffix(".txt").read_text()
+    words = made["command"].replace("python barlow.py", f"{sys.executable} {ROOT}/barlow.py").split()
+    subprocess.run([*words, "--out_dir=whole"], env=paths(), check=True, capture_output=True)
+    log = [json.loads(line) for line in Path("whole/log.jsonl").read_text().splitlines()]
+    evaluations = [line for line in log if "knn" in line]
+    assert [knn for _, knn in made["curve"]] == [line["knn"] for line in evaluations]
+    assert made["rank"] == evaluations[-1]["rank"] and made["steps"] == log[-1]["step"] == 100
+
+
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+
+def command_lines():
+    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()

@@ -1,0 +1,67 @@
+"""Settings of a study's runs: drawn at random from a space, or with one mechanism switched."""
+
+import functools
+import math
+import runpy
+from pathlib import Path
+
+import numpy as np
+
+from twins.errors import UserError
+from twins.keys import read_options
+
+
+@functools.cache
+def read_script(path, presets):
+    """(name in print, {option: value under these presets}) of a training script.
+
+    The name is what stands before the colon of its docstring. Raises UserError if it is no training script.
+    """
+    names = runpy.run_path(str(path), run_name="study") if Path(path).exists() else {}
+    if "PRESETS" not in names:
+        raise UserError(f"there is no training script {path}")
+    options = {name: option.default for name, option in read_options(path).items()}
+    for name in presets:
+        options.update(names["PRESETS"].get(name, {}))
+    return names["__doc__"].partition(":")[0], options
+
+
+def draw_setting(space, seed, trial, options):
+    """{option: value}, a random setting for those of `options` that the space has.
+
+    space: {option: list of values, or (low, high) to draw log-uniformly between}. A value depends on (seed,
+    trial, option) alone, so a trial of two scripts has equal values where they share an option.
+    """
+    setting = {}
+    for option, values in space.items():
+        rng = np.random.default_rng((seed, trial, *option.encode()))
+        if isinstance(values, tuple):
+            value = float(f"{math.exp(rng.uniform(*np.log(values))):.3g}")
+        else:
+            value = values[rng.integers(len(values))]
+        if option in options:
+            setting[option] = value
+    return setting
+
+
+def toggle(mechanism, setting, options):
+    """(the setting with a mechanism off, "off"), or with it on and "on" if the setting does without it.
+
+    mechanism: ({option: value without it}, {option: value with it}); a function gets all values in force.
+    """
+    now = {**options, **setting}
+    off, on = ({name: v(now) if callable(v) else v for name, v in changes.items()} for changes in mechanism)
+    if any(now[name] != value for name, value in off.items()):
+        return {**setting, **off}, "off"
+    return {**setting, **on}, "on"
+
+
+def removals(mechanisms, setting, options):
+    """{label: setting}: in full, each of {name: mechanism} toggled alone, all that are on switched off."""
+    settings, all_off = {"full": setting}, setting
+    for name, mechanism in mechanisms.items():
+        changed, state = toggle(mechanism, setting, options)
+        settings[f"{name} {state}"] = changed
+        if state == "off":
+            all_off, _ = toggle(mechanism, all_off, options)
+    return {**settings, "all off": all_off}

@@ -1,0 +1,135 @@
+"""What a step of a training script costs: seconds, floating-point operations, memory.
+
+    python twins/stopwatch.py result.json 2 3 "" dino.py --dataset=shapes
+
+runs dino.py in a temporary folder, 2 steps to warm up and 3 that count, and writes result.json: {first:
+seconds until the first step was done, seconds: of a step, views: share of it that multi_crop takes, n_views:
+of an image, flop: of a step, absent if it is compiled, peak_gib: on a GPU}. A file in place of "" gets a
+trace of three more steps; result.json then holds {operations: {name: share of a step's time}} too. A run that
+fails prints its own error and writes nothing.
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data
+from twins.files import write_file
+from twins.run import Run
+
+TRACED = 3
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+ATTENTION = {  # on a CPU, which FlopCounterMode leaves out
+    FLASH: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    FLASH_BACKWARD: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
+}
+
+
+class Measured(Exception):
+    """All steps are done."""
+
+
+class Stopwatch:
+    """Stands in for Run.update() and data.multi_crop() while a script runs; the last step raises Measured.
+
+    The operations are those of the second step. `result` is what the file's docstring describes.
+    """
+
+    def __init__(self, warmup, steps, trace):
+        self.warmup, self.steps, self.trace, self.begun = warmup, steps, trace, time.perf_counter()
+        self.update, self.crop, self.done, self.spans, self.result = Run.update, data.multi_crop, 0, [], {}
+        self.counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+        self.profiler = torch.profiler.profile()
+        self.cuda = torch.cuda.is_available()
+
+    def now(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def mark(self):
+        """A moment of the device, which works behind the program."""
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def views(self, *args):
+        start = self.mark()
+        with torch.profiler.record_function("views"):
+            made = self.crop(*args)
+        self.spans.append((start, self.mark()))
+        self.result["n_views"] = len(made)
+        return made
+
+    def step(self, run):
+        self.update(run)
+        self.done += 1
+        counts = not run.config["compile"]
+        if self.done == 1:
+            self.cuda = run.device.type == "cuda"
+            self.result["first"] = self.now() - self.begun
+            if counts:
+                self.counter.__enter__()
+        if self.done == 2 and counts:
+            self.counter.__exit__(None, None, None)
+            self.result["flop"] = self.counter.get_total_flops()
+        if self.done == self.warmup:
+            self.spans, self.start = [], self.now()
+        if self.done == self.warmup + self.steps:
+            self.finish_timing()
+            if not self.trace:
+                raise Measured
+            self.profiler.__enter__()
+        if self.done == self.warmup + self.steps + TRACED:
+            self.now()
+            self.profiler.__exit__(None, None, None)
+            self.profiler.export_chrome_trace(self.trace)
+            self.result["operations"] = self.operations()
+            raise Measured
+
+    def finish_timing(self):
+        seconds, views = self.now() - self.start, 0.0
+        for start, end in self.spans:
+            views += start.elapsed_time(end) / 1000 if self.cuda else end - start
+        self.result.update(seconds=seconds / self.steps, views=views / seconds)
+        if self.cuda:
+            self.result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+
+    def operations(self):
+        cpu = torch.autograd.DeviceType.CPU
+        rows = [row for row in self.profiler.key_averages() if row.device_type == cpu]
+        of_device = "self_device_time_total" if self.cuda else "self_cpu_time_total"
+        times = {row.key: getattr(row, of_device) for row in rows}
+        total = sum(times.values()) or 1  # a GPU that may not be watched reports none
+        longest = sorted(times.items(), key=lambda item: -item[1])[:20]
+        return {name: spent / total for name, spent in longest}
+
+
+def measure(warmup, steps, trace, script):
+    """Runs a training script, whose options stand in sys.argv, until it is measured; returns the result."""
+    watch = Stopwatch(warmup, steps, trace)
+    data.multi_crop, Run.update = watch.views, lambda run: watch.step(run)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.suppress(Measured):
+        runpy.run_path(script, run_name="__main__")
+    return watch.result
+
+
+if __name__ == "__main__":
+    file, warmup_steps, counted_steps, trace_file, training_script, *options = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = [training_script, *options, f"--out_dir={folder}"]
+        measured = measure(int(warmup_steps), int(counted_steps), trace_file, training_script)
+    write_file(Path(file), json.dumps(measured))

@@ -1,0 +1,68 @@
+"""Figures of studies, as PNG bytes."""
+
+import io
+
+import numpy as np
+
+from twins.statistics import bootstrap_interval
+
+METRIC = "held-out k-NN"
+
+
+def png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    return buffer.getvalue()
+
+
+def best_figure(curves):
+    """Expected k-NN accuracy of the best of n trials, {method: [k]}, as PNG bytes."""
+    from matplotlib.figure import Figure  # here: the import takes a second
+
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for title, curve in curves.items():
+        axis.plot(range(1, len(curve) + 1), 100 * np.array(curve), marker="o", markersize=3, label=title)
+    axis.set(xlabel="random settings tried", ylabel=f"expected best {METRIC}, %")
+    axis.legend(frameon=False)
+    return png(figure)
+
+
+def cost_figure(groups):
+    """k-NN accuracy against PFLOP: a thin line per seed, a thick one for their mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for i, (title, rows) in enumerate(groups.items()):
+        for row in rows:
+            axis.plot(*np.array(row["curve"]).T * [[1], [100]], color=f"C{i}", linewidth=0.6, alpha=0.5)
+        full = max(len(row["curve"]) for row in rows)
+        mean = np.mean([row["curve"] for row in rows if len(row["curve"]) == full], axis=0)
+        axis.plot(mean[:, 0], 100 * mean[:, 1], color=f"C{i}", linewidth=2, label=title)
+    axis.set(xlabel="PFLOP of training", ylabel=f"{METRIC}, %")
+    axis.legend(frameon=False)
+    return png(figure)
+
+
+def differences_figure(panels, margin=None):
+    """{panel: {label: differences}}: a dot per seed, mean and 95 % interval beside them, a line at zero."""
+    from matplotlib.figure import Figure
+
+    longest = max(map(len, panels.values()))
+    figure = Figure(figsize=(2.2 + 2.6 * len(panels), 1 + 0.3 * longest), layout="constrained")
+    labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+        axis.axvline(0, color="black", linewidth=0.8)
+        if margin:
+            axis.axvline(100 * margin, color="grey", linewidth=0.8, linestyle="--")
+        for label, found in panel.items():
+            y, (low, high) = labels.index(label), bootstrap_interval(found)
+            points = 100 * np.array(found)
+            axis.plot(points, [y + 0.15] * len(found), "o", color="C0", markersize=3, alpha=0.6)
+            axis.plot([100 * low, 100 * high], [y - 0.15] * 2, color="C3", linewidth=1.5)
+            axis.plot(points.mean(), y - 0.15, "D", color="C3", markersize=4)
+        axis.set(title=title, xlabel="difference, points", yticks=range(len(labels)), yticklabels=labels)
+    axis.invert_yaxis()
+    return png(figure)
