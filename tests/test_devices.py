@@ -7,7 +7,6 @@ to 2e-2, relative to the size of what is compared.
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import twins.run as run_module
-import vit
 from conftest import ROOT, SCRIPTS, tiny
 from data import Crop, multi_crop
 from twins import monitor, processes
