@@ -132,8 +132,8 @@ def test_a_signal_saves_once_and_any_number_of_processes_go_on(tmp_path, one):
     assert said.count("and saved; continue with") == 1
     step = read_checkpoint(out / "ckpt.pt")["step"]
     assert f"stopped at step {step} and saved" in said
-    for processes in (4, 1):
-        more = run(processes, "hybrid_b.py", out_dir=out, max_steps=step + 2, resume=True)
+    for count in (4, 1):
+        more = run(count, "hybrid_b.py", out_dir=out, max_steps=step + 2, resume=True)
         assert more.returncode == 0 and f"at step {step}" in more.out, more.err
         step += 2
         assert read_checkpoint(out / "ckpt.pt")["step"] == step
