@@ -72,7 +72,7 @@ SPACE = {  # of a search. A list: one of these; a pair: log-uniform between them
     "bottleneck_dim": [64, 128, 256],
     "head_bn": [False, True],
     "norm_last_layer": [False, True],
-    "freeze_last_layer_epochs": [0.0, 0.2, 1.0],
+    "freeze_last_layer_epochs": [0.0, 0.1, 0.3],
     "alpha": (1.0, 200.0),
     "lambd": (1e-3, 5e-2),
     "head": ["shared", "two"],
