@@ -30,7 +30,7 @@ def knn(bank, bank_labels, queries, k=20, temperature=0.07):
     """Weighted k-NN (Wu et al., 1805.01978): features [n d], labels [n], queries [m d] -> votes [m classes].
 
     A query's k nearest bank images by cosine vote with weight exp(cosine / temperature); the answer is the
-    argmax.
+    argmax. A class without a vote has 0, others have more.
     """
     bank, votes = F.normalize(bank, dim=1), []
     for chunk in F.normalize(queries, dim=1).split(1000):

@@ -1,0 +1,140 @@
+"""Probes of features: softmax regression that converges, k-NN, selection on held-out training images.
+
+    x <- (x - mean) (C + 1e-4 tr(C) / d I)^(-1/2)      C = covariance of the training features
+    min over W, bias:  mean cross-entropy(x W + bias) + strength / 2 |W|^2
+
+Whitening makes the problem round, so that L-BFGS needs tens of steps where SGD needs thousands.
+
+Letters in shapes:  n m images  d width of a feature  c classes
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from twins.errors import UserError
+from twins.monitor import knn
+
+STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of the L2 penalty; each starts where the one before ended
+NEIGHBOURS = (10, 20, 100, 200)
+
+
+def balanced(labels, share, seed):
+    """Indices of a random `share` of each class, at least one image, and of the rest: two int64 [m]."""
+    rng, taken = np.random.default_rng((seed, 3)), torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        count = max(round(share * len(members)), 1)
+        taken[members[rng.permutation(len(members))[:count]]] = True
+    return taken.nonzero()[:, 0], (~taken).nonzero()[:, 0]
+
+
+def whitening(x):
+    """Mean [d] and matrix [d d] that whiten the features x [n d]: (x - mean) @ matrix."""
+    mean = x.mean(0)
+    covariance = ((x - mean).T @ (x - mean) / len(x)).cpu().double()
+    values, vectors = torch.linalg.eigh(covariance)
+    scale = (values.clamp(min=0) + 1e-4 * values.mean() + 1e-12).rsqrt()
+    return mean, (vectors * scale).to(x)
+
+
+def fit(x, labels, strength, probe):
+    """Softmax regression with L2 penalty by L-BFGS: features x [n d], labels int64 [n] -> a probe.
+
+    A probe is (weight [d c], bias [c]); the one given is where L-BFGS starts. It stops when a step improves
+    the loss by less than 1e-5 nats, or after 200 steps.
+    """
+    weight, bias = (parameter.clone().requires_grad_() for parameter in probe)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=200,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-5,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss_and_gradient():
+        optimizer.zero_grad()
+        loss = strength / 2 * weight.square().sum()
+        loss.backward()
+        for rows, answers in zip(x.split(4096), labels.split(4096), strict=True):  # the logits stay small
+            ce = F.cross_entropy(rows @ weight + bias, answers, reduction="sum") / len(x)
+            ce.backward()
+            loss = loss.detach() + ce.detach()
+        return loss
+
+    optimizer.step(loss_and_gradient)
+    return weight.detach(), bias.detach()
+
+
+def predict(x, probe):
+    """Features [n d] and a probe -> logits [n c]."""
+    weight, bias = probe
+    return x @ weight + bias
+
+
+def hit_rate(scores, labels, top=1):
+    """Share of the rows of scores [n c] whose label is among the `top` largest; -inf is never among them."""
+    first = scores.topk(min(top, scores.shape[1]), 1)
+    hits = (first.indices == labels[:, None]) & (first.values > -torch.inf)
+    return hits.any(1).float().mean().item()
+
+
+def wilson(share, n):
+    """95 % interval [low, high] of a share of n (Wilson, 1927), which is not empty at 0 or 1."""
+    z = 1.96
+    centre = share + z**2 / (2 * n)
+    half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return [max((centre - half) / (1 + z**2 / n), 0.0), min((centre + half) / (1 + z**2 / n), 1.0)]
+
+
+def measure(scores, labels):
+    """A test result from scores [n c] and labels [n]."""
+    top1 = hit_rate(scores, labels)
+    return {"top1": top1, "top5": hit_rate(scores, labels, 5), "interval95": wilson(top1, len(labels))}
+
+
+def linear_probe(x, labels, held_out, rest, test, test_labels, classes, name=""):
+    """Result of one linear protocol: features x [n d] and test [m d]; held_out, rest: rows of x, int64."""
+    mean, matrix = whitening(x)
+    x, test = (x - mean) @ matrix, (test - mean) @ matrix
+    probe = x.new_zeros(x.shape[1], classes), x.new_zeros(classes)
+    fitted, fitted_labels, grid, probes = x[rest], labels[rest], [], []
+    for strength in tqdm(STRENGTHS, f"selecting {name}", unit=" strengths", leave=False, delay=1):
+        probe = fit(fitted, fitted_labels, strength, probe)
+        score = hit_rate(predict(x[held_out], probe), labels[held_out])
+        grid.append({"strength": strength, "held_out": score})
+        probes.append(probe)
+    selected = max(range(len(grid)), key=lambda i: grid[i]["held_out"])
+    probe = fit(x, labels, STRENGTHS[selected], probes[selected])
+    return {"selected": grid[selected], "grid": grid, **measure(predict(test, probe), test_labels)}
+
+
+def nearest_neighbours(x, labels, held_out, rest, test, test_labels):
+    """Result of k-NN, arguments as those of linear_probe. The log of no vote is -inf."""
+    grid = []
+    for k in NEIGHBOURS:
+        votes = knn(x[rest], labels[rest], x[held_out], k)
+        grid.append({"k": k, "held_out": hit_rate(votes.log(), labels[held_out])})
+    selected = max(grid, key=lambda row: row["held_out"])
+    votes = knn(x, labels, test, selected["k"])
+    return {"selected": selected, "grid": grid, **measure(votes.log(), test_labels)}
+
+
+def evaluate(train, labels, test, test_labels, classes, seed=0):
+    """{protocol: result} from {protocol: features [n d]} of both sets, labels int64 [n].
+
+    Raises UserError for so few labels that none can be held out.
+    """
+    held_out, rest = (rows.to(labels.device) for rows in balanced(labels.cpu(), 0.1, seed))
+    if len(rest) < classes:
+        few = f"{len(labels)} labels of {classes} classes are too few to hold some out"
+        raise UserError(f"{few}: give a larger --label_fraction")
+    results = {}
+    for name, x in train.items():
+        results[name] = linear_probe(x, labels, held_out, rest, test[name], test_labels, classes, name)
+    cls, test_cls = train["linear"], test["linear"]
+    results["knn"] = nearest_neighbours(cls, labels, held_out, rest, test_cls, test_labels)
+    return results
