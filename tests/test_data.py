@@ -122,7 +122,7 @@ def test_imagenet32_is_read_as_published(tmp_path):
 def test_the_real_layout_of_imagenet32_trains_and_is_probed(real_images, train, command):
     g = train("barlow.py", dataset="imagenet32", data_dir=real_images / "imagenet32-standin")
     assert len(g["data"].images) == 5000 and len(g["data"].classes) == 200
-    done = command("eval_linear.py", ckpt=f"{g['out_dir']}/ckpt.pt", epochs=1)
+    done = command("eval_linear.py", ckpt=f"{g['out_dir']}/ckpt.pt")
     assert done.returncode == 0 and "5000 training, 500 test images" in done.stdout, done.stderr
 
 

@@ -241,7 +241,7 @@ def test_the_monitor_sees_what_the_cpu_sees(train, device):
 def test_an_evaluation_finds_what_the_cpu_finds(train, command, tmp_path, device, script):
     """The top-1 of linear probes and k-NN, the attention's entropy, the linear head's mIoU, in float32, and in bfloat16 nearly."""
     checkpoint = Path(train("barlow.py")["out_dir"]) / "ckpt.pt"
-    more = {"eval_linear.py": {"epochs": 2, "label_fraction": 0.1}, "attn_viz.py": {"n_images": 100}, "seg_transfer.py": {"max_steps": 10}}
+    more = {"eval_linear.py": {"label_fraction": 0.1}, "attn_viz.py": {"n_images": 100}, "seg_transfer.py": {"max_steps": 10}}
 
     def figures(device, dtype):
         out = tmp_path / f"{device}-{dtype}"
