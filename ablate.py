@@ -97,7 +97,7 @@ MECHANISMS = {  # {name: ({option: value without it}, {option: value with it})};
     "gradient clipping": ({"grad_clip": 0.0}, {"grad_clip": 3.0}),
     "multi-crop": ({"n_local": 0}, {"n_local": 2}),
 }
-PFLOP = {"search": 0.025, "models": 0.2, "removal": 0.06}
+PFLOP = {"search": 0.016, "models": 0.2, "removal": 0.06}
 EVALUATIONS = {"search": 1, "models": 8, "removal": 2}  # besides that of the untrained network
 MONITOR = {"knn_bank": 5000, "knn_queries": 5000}
 FRESH = 1000  # the first seed of models and removal; a search has those below

@@ -192,7 +192,8 @@ if __name__ == "__main__":
     state.update(optimizer=optimizer, data=fingerprint(data))
     run = Run(__file__, config, steps, state, eval_backbone, device)
     if run.start == 0:
-        run.draw_crops(batches(0)[:6], multi_crop(batches(0)[:6], crops, seed, 0))
+        sample = batches(0)[:6]
+        run.draw_crops(sample, multi_crop(sample, crops, seed, 0))
         run.log(0, {"epoch": 0.0, **evaluate(eval_backbone, data, bank, queries, device, autocast)})
     if compile:
         run.compile()

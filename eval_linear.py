@@ -133,7 +133,7 @@ if __name__ == "__main__":
     report.update(checkpoint=about, results=results)
     report.update(torch=torch.__version__, device=str(device), **git_state())
     if Path(ckpt).expanduser().is_file():
-        report["sha256"] = sha256(Path(ckpt).expanduser())
+        report["sha256"] = sha256(Path(ckpt).expanduser().read_bytes())
     file = output_folder(config, ckpt, dataset) / "eval_linear.json"
     write_file(file, json.dumps(report, indent=1))
     network = about.get("network", "random weights")

@@ -43,8 +43,8 @@ def read_json(path):
     raise UserError(f"{path} cannot be read ({problem})")
 
 
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
 
 
 def git_state():

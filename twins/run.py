@@ -45,17 +45,13 @@ class Run:
         self.backbone_name = name_in(state, backbone)
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.start, self.stop, self.seconds, self.rows, self.parent = 0, 0, 0.0, [], os.getppid()
-        self.said, self.unsaved = set(), ""
+        self.said, self.unsaved, self.received = set(), "", 0
         self.lock = self.take_folder() if rank() == 0 else None
         if config["resume"]:
             self.restore()
         self.logger = start_logger(config) if rank() == 0 else None
-        about = {
-            "script": self.script.stem,
-            "backbone": self.backbone_name,
-            "device_name": self.device_name,
-            **git_state(),
-        }
+        about = {"script": self.script.stem, "backbone": self.backbone_name, **git_state()}
+        about["device_name"] = self.device_name
         about["versions"] = {module.__name__: module.__version__ for module in (torch, np, einops)}
         about["versions"]["python"] = sys.version.split()[0]
         self.write("config.json", json.dumps({**config, **about}, indent=1))
@@ -65,9 +61,8 @@ class Run:
             total=steps, initial=self.start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15
         )
         self.shown, self.clock, self.clock_step, self.first_step_done = {}, time.time(), self.start, 0.0
-        self.signals = (
-            dist.new_group(backend="gloo") if world() > 1 else None
-        )  # on the CPU: no step waits for it
+        # on the CPU, so that no step waits for it
+        self.signals = dist.new_group(backend="gloo") if world() > 1 else None
         self.handlers = {}
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -86,7 +81,9 @@ class Run:
         return lock
 
     def on_signal(self, number, frame):
-        self.stop = number
+        self.received = number
+        if world() == 1:
+            self.stop = number
         signal.signal(number, self.handlers[number])  # the second one ends the process at once
 
     def update(self):
@@ -95,8 +92,8 @@ class Run:
         self.estimate()
         if world() > 1:
             if os.getppid() != self.parent:  # torchrun was killed
-                self.stop = signal.SIGTERM
-            stop = torch.tensor(self.stop)
+                self.received = signal.SIGTERM
+            stop = torch.tensor(self.received)
             dist.all_reduce(stop, dist.ReduceOp.MAX, self.signals)
             self.stop = stop.item()
 
@@ -187,9 +184,7 @@ class Run:
         state = {}
         for name, value in self.state.items():
             state[name] = value.state_dict() if hasattr(value, "state_dict") else value
-            tensors = [
-                x for x in tree_leaves(state[name]) if isinstance(x, torch.Tensor) and x.is_floating_point()
-            ]
+            tensors = [x for x in tree_leaves(state[name]) if isinstance(x, torch.Tensor)]
             if not all(x.isfinite().all() for x in tensors):
                 raise UserError(
                     f"the {name} is not finite at step {step}: not saved; {self.dir}/ckpt.pt is older"
@@ -231,8 +226,9 @@ class Run:
         about.update({name: self.config[name] for name in ("dataset", "data_dir", "seed")})
         if hasattr(self.backbone, "timm_args"):
             about["model_args"] = self.backbone.timm_args()
-        self.write("export/model.safetensors", to_safetensors(tensors))
-        about["sha256"] = sha256(self.dir / "export" / "model.safetensors")
+        content = to_safetensors(tensors)
+        about["sha256"] = sha256(content)
+        self.write("export/model.safetensors", content)
         self.write("export/config.json", json.dumps(about, indent=1))
 
     def restore(self):
@@ -240,11 +236,10 @@ class Run:
         saved, path, problem = load_checkpoint(self.dir, self.device)
         try:
             for name, value in self.state.items():
-                if isinstance(value, str):
-                    continue
-                value.copy_(saved[name]) if isinstance(value, torch.Tensor) else value.load_state_dict(
-                    saved[name]
-                )
+                if isinstance(value, torch.Tensor):
+                    value.copy_(saved[name])
+                elif not isinstance(value, str):
+                    value.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError) as error:
             changed = [k for k, v in saved["config"].items() if self.config.get(k) != v and k != "resume"]
             raise UserError(

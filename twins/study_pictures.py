@@ -1,25 +1,16 @@
 """Figures of studies, as PNG bytes."""
 
-import io
-
 import numpy as np
 
+from twins.pictures import new_figure, png
 from twins.statistics import bootstrap_interval
 
 METRIC = "held-out k-NN"
 
 
-def png(figure):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
-    return buffer.getvalue()
-
-
 def best_figure(curves):
     """Expected k-NN accuracy of the best of n trials, {method: [k]}, as PNG bytes."""
-    from matplotlib.figure import Figure  # here: the import takes a second
-
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    figure = new_figure(5, 3.6, layout="constrained")
     axis = figure.subplots()
     for title, curve in curves.items():
         axis.plot(range(1, len(curve) + 1), 100 * np.array(curve), marker="o", markersize=3, label=title)
@@ -30,9 +21,7 @@ def best_figure(curves):
 
 def cost_figure(groups):
     """k-NN accuracy against PFLOP: a thin line per seed, a thick one for their mean."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    figure = new_figure(5, 3.6, layout="constrained")
     axis = figure.subplots()
     for i, (title, rows) in enumerate(groups.items()):
         for row in rows:
@@ -47,10 +36,8 @@ def cost_figure(groups):
 
 def differences_figure(panels, margin=None):
     """{panel: {label: differences}}: a dot per seed, mean and 95 % interval beside them, a line at zero."""
-    from matplotlib.figure import Figure
-
     longest = max(map(len, panels.values()))
-    figure = Figure(figsize=(2.2 + 2.6 * len(panels), 1 + 0.3 * longest), layout="constrained")
+    figure = new_figure(2.2 + 2.6 * len(panels), 1 + 0.3 * longest, layout="constrained")
     labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (title, panel) in zip(axes, panels.items(), strict=True):
