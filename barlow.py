@@ -21,7 +21,7 @@ from torch import nn
 from data import Batches, Crop, fingerprint, load, multi_crop, training_split, view_features
 from twins.keys import configure
 from twins.monitor import correlation_meters, evaluate
-from twins.processes import BatchNorm1d, distributed, global_mean, seed_step, setup, to_float32
+from twins.processes import BatchNorm1d, distributed, global_mean, setup, to_float32
 from twins.run import Run
 from twins.weights import start_from
 from vit import ViT, check_size
@@ -85,10 +85,8 @@ PRESETS = {
         "base_lr": 2e-3,
         "warmup_epochs": 0.5,
         "eval_every": 50,
-        # --- method
         "n_local": 0,
         "proj_dim": 256,
-        # --- end method
     },
     "small": {
         "dim": 96,
@@ -97,9 +95,7 @@ PRESETS = {
         "max_steps": 3000,
         "base_lr": 4e-3,
         "warmup_epochs": 0.5,
-        # --- method
         "n_local": 0,
-        # --- end method
     },
 }
 
@@ -147,23 +143,6 @@ def cosine(start, end, step, steps, warmup=0):
     return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
 
 
-@torch.no_grad()
-def clip_gradients(parameters, largest):
-    """Scales every gradient whose norm is above `largest` down to it, each tensor alone, as DINO does."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    scale = (largest / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1)
-    torch._foreach_mul_(grads, list(scale))
-
-
-def parameter_groups(model):
-    """Weight decay for matrices, none for biases and norms."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    return [
-        {"params": matrices},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 if __name__ == "__main__":
     config = configure(globals())  # the config line: from here on every option has its final value
     device, autocast = setup(device, dtype, seed)
@@ -185,28 +164,28 @@ if __name__ == "__main__":
         student.backbone.load_state_dict(init_state)
     pairs = [(u, v) for v in range(len(crops)) for u in range(min(v, 2))]  # one view of a pair is global
     state = {"network": student}
-    eval_backbone = student.backbone
+    eval_backbone = student.backbone  # the one that is evaluated and exported
     # --- end method
 
-    optimizer = torch.optim.AdamW(parameter_groups(student), lr=base_lr, weight_decay=wd, fused=True)
+    matrices = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim < 2]  # biases and norms: without weight decay
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=base_lr, weight_decay=wd, fused=True)
     state.update(optimizer=optimizer, data=fingerprint(data))
-    run = Run(__file__, config, steps, state, eval_backbone, device)
-    if run.start == 0:
+    run = Run(__file__, config, steps, state, eval_backbone, device)  # state: what a checkpoint holds
+    if run.start == 0:  # a new run, not a resumed one
         sample = batches(0)[:6]
         run.draw_crops(sample, multi_crop(sample, crops, seed, 0))
         run.log(0, {"epoch": 0.0, **evaluate(eval_backbone, data, bank, queries, device, autocast)})
-    if compile:
-        run.compile()
 
-    model = distributed(student)
-    for step in range(run.start, steps):
-        seed_step(seed, step)
+    model = distributed(student)  # DistributedDataParallel under torchrun, else the student itself
+    for step in run.loop():  # seeds every step, saves the state, ends after a signal
         epoch = step / steps_per_epoch
         lr = cosine(base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)
-        views = multi_crop(batches(step), crops, seed, step)
+        optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)  # of the matrices
+        views = multi_crop(batches(step), crops, seed, step)  # a list of [b 3 s s], one for each crop
 
         # --- method
         with autocast:
@@ -219,22 +198,18 @@ if __name__ == "__main__":
         optimizer.zero_grad()
         loss.backward()
         if grad_clip:
-            clip_gradients(student.parameters(), grad_clip)
+            for parameter in student.parameters():  # each alone, as DINO does
+                nn.utils.clip_grad_norm_(parameter, grad_clip)
         optimizer.step()
 
         done = step + 1
-        run.update()
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:
             row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=lr)
             # --- method
-            row.update(correlation_meters(z[0], z[1]))
+            row.update(correlation_meters(z[0], z[1]))  # of two different views
             # --- end method
             if evaluate_now:
                 row.update(evaluate(eval_backbone, data, bank, queries, device, autocast))
             run.log(done, row)
-        if done % save_every == 0 or done == steps or run.stop:
-            run.save(done)
-        if run.stop:
-            break
     run.finish()

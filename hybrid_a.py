@@ -25,7 +25,7 @@ from torch import nn
 from data import Batches, Crop, fingerprint, load, multi_crop, training_split, view_features
 from twins.keys import configure
 from twins.monitor import correlation_meters, entropy, evaluate
-from twins.processes import BatchNorm1d, distributed, global_mean, seed_step, setup, to_float32
+from twins.processes import BatchNorm1d, distributed, global_mean, setup, to_float32
 from twins.run import Run
 from twins.weights import start_from
 from vit import ViT, check_size, init_weights
@@ -108,14 +108,12 @@ PRESETS = {
         "warmup_epochs": 0.5,
         "n_local": 2,
         "eval_every": 50,
-        # --- method
         "hidden_dim": 512,
         "bottleneck_dim": 128,
         "out_dim": 128,
         "tau_t": 0.04,
         "tau_t_warmup_epochs": 0.0,
         "ema": 0.8,
-        # --- end method
     },
     "small": {
         "dim": 96,
@@ -125,13 +123,11 @@ PRESETS = {
         "base_lr": 4e-3,
         "warmup_epochs": 0.5,
         "n_local": 2,
-        # --- method
         "hidden_dim": 512,
         "tau_t": 0.055,
         "tau_t_warmup_epochs": 0.0,
         "ema": 0.97,
         "freeze_last_layer_epochs": 0.2,
-        # --- end method
     },
 }
 
@@ -202,35 +198,12 @@ def cross_correlation_loss(z1, z2, lambd):
     return (on_diagonal + lambd * off_diagonal) / len(c)
 
 
-@torch.no_grad()
-def update_teacher(teacher, student, momentum):
-    """teacher = momentum * teacher + (1 - momentum) * student, every parameter."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-
-
 def cosine(start, end, step, steps, warmup=0):
     """Value at `step` of `steps`: linear from 0 to `start` in `warmup` steps, then half a cosine to `end`."""
     warmup = int(warmup)
     if step < warmup:
         return start * step / max(warmup - 1, 1)
     return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
-
-
-@torch.no_grad()
-def clip_gradients(parameters, largest):
-    """Scales every gradient whose norm is above `largest` down to it, each tensor alone, as DINO does."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    scale = (largest / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1)
-    torch._foreach_mul_(grads, list(scale))
-
-
-def parameter_groups(model):
-    """Weight decay for matrices, none for biases and norms."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    return [
-        {"params": matrices},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 if __name__ == "__main__":
@@ -257,28 +230,28 @@ if __name__ == "__main__":
     center = torch.zeros(out_dim, device=device)
     pairs = 1 - torch.eye(2, len(crops), device=device)  # [u v], equal views never meet
     state = {"student": student, "teacher": teacher, "center": center}
-    eval_backbone = teacher.backbone
+    eval_backbone = teacher.backbone  # the one that is evaluated and exported
     # --- end method
 
-    optimizer = torch.optim.AdamW(parameter_groups(student), lr=base_lr, weight_decay=wd, fused=True)
+    matrices = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim < 2]  # biases and norms: without weight decay
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=base_lr, weight_decay=wd, fused=True)
     state.update(optimizer=optimizer, data=fingerprint(data))
-    run = Run(__file__, config, steps, state, eval_backbone, device)
-    if run.start == 0:
+    run = Run(__file__, config, steps, state, eval_backbone, device)  # state: what a checkpoint holds
+    if run.start == 0:  # a new run, not a resumed one
         sample = batches(0)[:6]
         run.draw_crops(sample, multi_crop(sample, crops, seed, 0))
         run.log(0, {"epoch": 0.0, **evaluate(eval_backbone, data, bank, queries, device, autocast)})
-    if compile:
-        run.compile()
 
-    model = distributed(student)
-    for step in range(run.start, steps):
-        seed_step(seed, step)
+    model = distributed(student)  # DistributedDataParallel under torchrun, else the student itself
+    for step in run.loop():  # seeds every step, saves the state, ends after a signal
         epoch = step / steps_per_epoch
         lr = cosine(base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)
-        views = multi_crop(batches(step), crops, seed, step)
+        optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)  # of the matrices
+        views = multi_crop(batches(step), crops, seed, step)  # a list of [b 3 s s], one for each crop
 
         # --- method
         warming_up = tau_t < tau_s and epoch < tau_t_warmup_epochs
@@ -288,8 +261,7 @@ if __name__ == "__main__":
         tau = tau_t_start + (tau_t - tau_t_start) * progress
         p_t = ((z_t - center) / tau).softmax(-1)  # [u b k]
         ce = (cross_entropy(p_t, z_s, tau_s) * pairs).sum() / pairs.sum()
-        cc_views = len(crops) if cc_local else 2
-        cc_pairs = [(u, v) for u in range(2) for v in range(cc_views) if u != v]
+        cc_pairs = [(u, v) for u in range(2) for v in range(len(crops) if cc_local else 2) if u != v]
         cc = torch.stack([cross_correlation_loss(z_s_cc[v], z_t_cc[u], lambd) for u, v in cc_pairs]).mean()
         loss, parts = ce + alpha * cc, {"ce": ce, "cc": cc}
         # --- end method
@@ -298,32 +270,30 @@ if __name__ == "__main__":
         optimizer.zero_grad()
         loss.backward()
         if grad_clip:
-            clip_gradients(student.parameters(), grad_clip)
+            for parameter in student.parameters():  # each alone, as DINO does
+                nn.utils.clip_grad_norm_(parameter, grad_clip)
         # --- method
         if epoch < freeze_last_layer_epochs:
-            student.head.last.weight.grad = student.head.length.grad = None
+            student.head.last.weight.grad = student.head.length.grad = None  # the optimizer skips them
         # --- end method
         optimizer.step()
         # --- method
-        update_teacher(teacher, student, cosine(ema, ema_end, step, steps) if ema else 0.0)
+        momentum = cosine(ema, ema_end, step, steps) if ema else 0.0
+        with torch.no_grad():  # teacher = momentum teacher + (1 - momentum) student
+            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
         if centering:
-            center.lerp_(global_mean(z_t.mean((0, 1))), 1 - center_momentum)
+            center.lerp_(global_mean(z_t.mean((0, 1))), 1 - center_momentum)  # for the next step
         # --- end method
 
         done = step + 1
-        run.update()
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:
             row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=lr)
             # --- method
-            row.update(teacher_entropy=entropy(p_t), kl=ce - entropy(p_t))
-            row.update(correlation_meters(z_s_cc[1], z_t_cc[0]))
+            row.update(teacher_entropy=entropy(p_t), kl=ce - entropy(p_t))  # CE = H(P_t) + KL
+            row.update(correlation_meters(z_s_cc[1], z_t_cc[0]))  # of two different views
             # --- end method
             if evaluate_now:
                 row.update(evaluate(eval_backbone, data, bank, queries, device, autocast))
             run.log(done, row)
-        if done % save_every == 0 or done == steps or run.stop:
-            run.save(done)
-        if run.stop:
-            break
     run.finish()

@@ -77,12 +77,12 @@ def test_nothing_drifts(sources):
     "what, old, new",
     [
         ("an edited line in a loop", "loss.backward()", "(2 * loss).backward()"),
-        ("a line more in a loop", "        run.update()\n", "        run.update()\n        step += 0\n"),
+        ("a line more in a loop", "        done = step + 1\n", "        done = step + 1\n        step += 0\n"),
         ("a renamed key", "grad_clip", "clip_grad"),
         ("a changed default", "wd_end = 0.4", "wd_end = 0.3"),
         ('a changed preset', '"base_lr": 2e-3', '"base_lr": 3e-3'),
-        ("an edited copy of a function", "def parameter_groups(model):\n", "def parameter_groups(model):\n    model.train()\n"),
-        ("an edited copy of a comment", "each tensor alone", "all together"),
+        ("an edited copy of a function", "    warmup = int(warmup)\n", "    warmup = round(warmup)\n"),
+        ("an edited copy of a comment", "each alone", "all together"),
     ],
 )
 def test_drift_is_found(sources, script, what, old, new):

@@ -43,6 +43,23 @@ def read_json(path):
     raise UserError(f"{path} cannot be read ({problem})")
 
 
+def read_log(path):
+    """The rows of a run's log.jsonl, a list of dicts, without a last line that is cut off; [] without a file.
+
+    Raises UserError if another line is broken.
+    """
+    lines, rows = path.read_text(errors="replace").splitlines() if path.exists() else [], []
+    for i, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+            rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if i < len(lines) - 1:
+                raise UserError(f"line {i + 1} of {path} is broken: mend or remove it") from None
+    return rows
+
+
 def sha256(content):
     return hashlib.sha256(content).hexdigest()
 

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from twins.decoding import locked
 from twins.errors import UserError, first_line
-from twins.files import git_state, load_checkpoint, sha256, write_file
+from twins.files import git_state, load_checkpoint, read_log, sha256, write_file
 from twins.loggers import start_logger
 from twins.monitor import collapse
 from twins.pictures import crops_picture, curves_picture
-from twins.processes import rank, to_numbers, world
+from twins.processes import rank, seed_step, to_numbers, world
 
 LONG = 3600  # seconds of a run on a CPU that are worth a word
 
@@ -35,8 +35,8 @@ class Run:
 
     script: the path of the training script. state: a dict of any names, what a checkpoint holds: modules,
     optimizers, tensors. backbone: the module in one of them that evaluations and export/ use. `start` is the
-    first step to do: 0, or where the resumed run stopped. A signal (Ctrl-C, SIGTERM, SIGHUP) sets `stop`, and
-    the loop ends after its step.
+    first step to do: 0, or where the resumed run stopped. A signal (Ctrl-C, SIGTERM, SIGHUP)
+    ends loop() after its step, which is saved.
     """
 
     def __init__(self, script, config, steps, state, backbone, device):
@@ -85,6 +85,20 @@ class Run:
         if world() == 1:
             self.stop = number
         signal.signal(number, self.handlers[number])  # the second one ends the process at once
+
+    def loop(self):
+        """Yields the steps to do, each with its own random numbers; saves; a signal ends it after a step."""
+        if self.config["compile"]:
+            self.compile()
+        for step in range(self.start, self.steps):
+            seed_step(self.config["seed"], step)
+            yield step
+            self.update()
+            done = step + 1
+            if done % self.config["save_every"] == 0 or done == self.steps or self.stop:
+                self.save(done)
+            if self.stop:
+                return
 
     def update(self):
         """Moves the bar; a signal that one process received stops all of them after the same step."""
@@ -191,21 +205,12 @@ class Run:
                 )
         if rank():
             return
-        known = {
-            "name": self.backbone_name,
-            "module": type(self.backbone).__module__,
-            "class": type(self.backbone).__name__,
-        }
+        kind = type(self.backbone)
+        known = {"name": self.backbone_name, "module": kind.__module__, "class": kind.__name__}
         known["args"] = getattr(self.backbone, "args", None)
-        saved = {
-            "script": self.script.stem,
-            "step": step,
-            "seconds": self.seconds,
-            "config": self.config,
-            "backbone": known,
-        }
+        saved = {"script": self.script.stem, "step": step, "seconds": self.seconds}
         buffer = io.BytesIO()
-        torch.save({**saved, **state}, buffer)
+        torch.save({**saved, "config": self.config, "backbone": known, **state}, buffer)
         try:
             self.write("ckpt.pt", buffer.getvalue(), previous="ckpt-previous.pt")
             self.export(step)
@@ -219,9 +224,8 @@ class Run:
 
     def export(self, step):
         """export/: the backbone alone, as safetensors under timm's names, and how timm builds it."""
-        tensors = {
-            name: value.detach().cpu().contiguous() for name, value in self.backbone.state_dict().items()
-        }
+        weights = self.backbone.state_dict()
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
         about = {"script": self.script.stem, "step": step, "backbone": self.backbone_name}
         about.update({name: self.config[name] for name in ("dataset", "data_dir", "seed")})
         if hasattr(self.backbone, "timm_args"):
@@ -246,16 +250,7 @@ class Run:
                 f"{path} does not fit; options that differ from its run: {changed} ({first_line(error)})"
             ) from None
         self.start, self.seconds = saved["step"], saved["seconds"]
-        log = self.dir / "log.jsonl"
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        for i, line in enumerate(lines):
-            try:
-                row = json.loads(line)
-                self.rows += [row] if row["step"] <= self.start else []
-            except (ValueError, KeyError, TypeError):
-                if i < len(lines) - 1:  # the last may be cut off
-                    raise UserError(f"line {i + 1} of {log} is broken: mend or remove it") from None
-                break
+        self.rows = [row for row in read_log(self.dir / "log.jsonl") if row["step"] <= self.start]
         for name, value in self.state.items():
             if isinstance(value, str) and saved.get(name) != value:
                 print(f"warning: the {name} changed since this run began: held-out images may be trained on")

@@ -9,7 +9,7 @@ import numpy as np
 
 from twins.decoding import locked
 from twins.errors import UserError
-from twins.files import read_json, write_file
+from twins.files import read_json, read_log, write_file
 from twins.statistics import bootstrap_interval, expected_best, holm, sign_flip_p, verdict, wilson_interval
 from twins.study_pictures import METRIC, best_figure, cost_figure, differences_figure
 
@@ -60,7 +60,7 @@ def run_results(folder, flop, diverged):
     flop: of a step. diverged: its loss was not finite; it then counts as its untrained network.
     """
     config = read_json(folder / "config.json")
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = read_log(folder / "log.jsonl")
     evaluations = [row for row in log if "knn" in row]
     if not evaluations:
         raise UserError("no k-NN accuracy to compare: the images have no labels")
