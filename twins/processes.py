@@ -200,7 +200,6 @@ def to_numbers(row):
 def excepthook(kind, error, trace):
     """Stands in for sys.excepthook while a script runs."""
     close_bars()
-    atexit.unregister(leave_group)  # it could wait for the other processes
     number = int(os.environ["RANK"]) if under_torchrun() else 0
     if is_sentence(error, trace):
         if number:  # if rank 0 prints the same sentence, torchrun ends this process meanwhile
@@ -224,6 +223,10 @@ def excepthook(kind, error, trace):
         print("stopped; what was saved before is unchanged", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+    if dist.is_initialized():  # gloo's threads would abort a Python that ends, and leaving would wait
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def rank_was_lost(error):
