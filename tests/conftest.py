@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from twins.errors import close_bars  # noqa: E402
 
 datasets.shapes = functools.cache(datasets.shapes)  # made once for all tests
 
+OURS = ("twins", "data", "vit")
 SCRIPTS = ("dino.py", "barlow.py", "hybrid_a.py", "hybrid_b.py")
 MEASURES = ("eval_linear.py", "attn_viz.py", "seg_transfer.py", "bench.py")
 TINY = dict(dataset="shapes", device="cpu", dim=16, depth=2, heads=2, batch_size=16, n_local=1, max_steps=3, knn_bank=100)
@@ -70,15 +72,28 @@ def train(tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-def launch(words, cwd):
-    """Python with these arguments in a process of its own, a fork of this one where that can be: torch is imported, then."""
+def launch(words, cwd, processes=0):
+    """Python with these arguments in a process of its own, or in as many as torchrun would start: one CompletedProcess.
+
+    They are forks of this process where that can be, for then torch is imported.
+    """
     if sys.platform != "linux" or torch.cuda.is_available():  # CUDA cannot be forked
-        return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=120)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+        return subprocess.run([sys.executable, *torchrun, *words], cwd=cwd, capture_output=True, text=True, timeout=180)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    joined = dict(WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_RUN_ID=0)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
 
-        def run():
+        def run(rank):
             sys.stdout, sys.stderr, sys.argv, sys.excepthook = out, err, words, sys.__excepthook__
+            if processes:
+                os.environ.update({name: str(value) for name, value in {**joined, "RANK": rank, "LOCAL_RANK": rank}.items()})
             os.chdir(cwd)
+            sys.path.insert(0, os.path.dirname(words[0]))
+            own = [] if Path(words[0]).parent == ROOT else [name for name in sys.modules if name.split(".")[0] in OURS]
+            for name in own:  # a copy of the script has its own
+                del sys.modules[name]
             torch.set_num_threads(1)  # OpenMP's threads are not forked
             try:
                 runpy.run_path(words[0], run_name="__main__")
@@ -86,12 +101,21 @@ def launch(words, cwd):
                 sys.excepthook(*sys.exc_info())
                 sys.exit(1)
 
-        process = multiprocessing.get_context("fork").Process(target=run)
-        process.start()
-        process.join(120)
-        assert process.exitcode is not None, f"{words} takes more than two minutes"
+        children = [multiprocessing.get_context("fork").Process(target=run, args=[i]) for i in range(processes or 1)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(120)
+        assert all(child.exitcode is not None for child in children), f"{words} takes more than two minutes"
         said = [(file.seek(0), file.read())[1] for file in (out, err)]
-        return subprocess.CompletedProcess(words, process.exitcode, *said)
+        return subprocess.CompletedProcess(words, next((c.exitcode for c in children if c.exitcode), 0), *said)
+
+
+def copy_of_the_code(folder):
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("twins/*.py")]:
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text())
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT, SCRIPTS, tiny
-from twins import attention, processes
+from conftest import ROOT, SCRIPTS, copy_of_the_code, launch, tiny
+from twins import attention, datasets, processes
+from twins import run as run_module
 from twins.files import read_checkpoint
 
 # AdamW (eps 1e-8) makes steps of rounding, too: of a gradient of 1e-13 one of 1e-5 learning rates, with this one 1e-11. Where there
@@ -21,19 +22,30 @@ KEYS = dict(dtype="float64", max_steps=5, base_lr=2e-5, warmup_epochs=0.0, drop_
 AHEAD_OF_BATCHNORM = ("head.mlp.0.bias", "head.mlp.3.bias")  # with head_bn: their gradient is nothing but rounding
 
 
-def start(processes, script, **keys):
-    """The command of a user, `processes` = 0: without torchrun."""
+def words_of(script, folder=ROOT, **keys):
     keys = KEYS | ({"freeze_last_layer_epochs": 0.0, "ema": 0.9} if script != "barlow.py" else {}) | keys
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    words = [sys.executable, *launch, str(keys.pop("folder", ROOT) / script), *tiny(script, **keys)]
+    return [str(folder / script), *tiny(script, **keys)]
+
+
+def start(processes, script, **keys):
+    """The command of a user."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    words = [sys.executable, *torchrun, *words_of(script, **keys)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-def run(*args, **keys):
-    process = start(*args, **keys)
-    process.out, process.err = process.communicate(timeout=180)
-    return process
+def run(processes, script, **keys):
+    """The processes that torchrun would start, 0: as without torchrun."""
+    return launch(words_of(script, **keys), keys["out_dir"].parent, processes)
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """Of the forks; they take longer than the steps. The images are made before, once."""
+    datasets.shapes("train")
+    monkeypatch.setattr(run_module, "crops_picture", lambda *args: b"")
+    monkeypatch.setattr(run_module, "curves_picture", lambda *args: b"")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +56,7 @@ def one(tmp_path_factory):
     def result(script):
         out = tmp_path_factory.mktemp("one") / "run"
         done = run(0, script, out_dir=out)
-        assert done.returncode == 0, done.err
+        assert done.returncode == 0, done.stderr
         return results(out)
 
     return result
@@ -72,16 +84,9 @@ def difference(a, b):
 def test_processes_together_are_one(script, processes, one, tmp_path):
     """Four processes of each script take half a minute more; that has been seen to hold, too."""
     done = run(processes, script, out_dir=tmp_path / "run")
-    assert done.returncode == 0, done.err
+    assert done.returncode == 0, done.stderr
     assert difference(one(script), results(tmp_path / "run")) < 1e-10
-    assert done.out.count("minutes of training") == 1  # one process speaks
-
-
-def copy_of_the_code(folder):
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("twins/*.py")]:
-        copy = folder / path.relative_to(ROOT)
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_text(path.read_text())
+    assert done.stdout.count("minutes of training") == 1  # one process speaks
 
 
 MUTATIONS = {
@@ -99,7 +104,7 @@ def test_the_comparison_can_fail(mutation, one, tmp_path):
     assert old in text
     (tmp_path / file).write_text(text.replace(old, new))
     done = run(2, "hybrid_a.py", folder=tmp_path, out_dir=tmp_path / "run")
-    assert done.returncode == 0, done.err
+    assert done.returncode == 0, done.stderr
     assert difference(one("hybrid_a.py"), results(tmp_path / "run")) > 1e-7
 
 
@@ -109,10 +114,9 @@ def test_a_nan_of_one_process_stops_all_with_one_message(tmp_path):
     check = "        run.check(step, lr"
     bad = f"        if step == 3 and os.environ['RANK'] == '1':\n            loss = loss * float('nan')\n{check}"
     script.write_text("import os\n" + script.read_text().replace(check, bad, 1))
-    begun = time.time()
     done = run(2, "dino.py", folder=tmp_path, out_dir=tmp_path / "run", save_every=1)
-    assert done.returncode != 0 and time.time() - begun < 30 + 15  # the start takes some
-    assert done.err.count("error: loss is nan at step 3") == 1 and f'File "{script}"' not in done.err
+    assert done.returncode != 0
+    assert done.stderr.count("error: loss is nan at step 3") == 1 and f'File "{script}"' not in done.stderr
     saved = read_checkpoint(tmp_path / "run" / "ckpt.pt")
     assert saved["step"] == 3 and all(v.isfinite().all() for v in saved["student"].values())
 
@@ -128,13 +132,13 @@ def test_a_signal_saves_once_and_any_number_of_processes_go_on(tmp_path, one):
     process = start(2, "hybrid_b.py", out_dir=out, max_steps=100_000)
     wait_for_a_row(process, out)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=120)
     assert said.count("and saved; continue with") == 1
     step = read_checkpoint(out / "ckpt.pt")["step"]
     assert f"stopped at step {step} and saved" in said
     for count in (4, 1):
         more = run(count, "hybrid_b.py", out_dir=out, max_steps=step + 2, resume=True)
-        assert more.returncode == 0 and f"at step {step}" in more.out, more.err
+        assert more.returncode == 0 and f"at step {step}" in more.stdout, more.stderr
         step += 2
         assert read_checkpoint(out / "ckpt.pt")["step"] == step
 
@@ -145,14 +149,14 @@ def test_a_killed_process_ends_the_others_with_a_sentence(tmp_path):
     wait_for_a_row(process, out)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and "another process of this run ended" in err, err
     assert read_checkpoint(out / "ckpt.pt")["step"] >= 2
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path):
     done = run(2, "dino.py", out_dir=tmp_path / "run", batch_size=15)
-    errors = [line for line in done.err.splitlines() if line.removeprefix("[rank0]: ").startswith("error: ")]
+    errors = [line for line in done.stderr.splitlines() if line.removeprefix("[rank0]: ").startswith("error: ")]
     assert done.returncode != 0 and len(errors) == 1 and "batch_size=15 is the total of 2 processes" in errors[0]
     assert not (tmp_path / "run").exists()
 
@@ -185,8 +189,8 @@ def test_evaluation_shares_the_images(script, tmp_path, monkeypatch):
 def test_the_evaluation_command_gives_one_answer(tmp_path):
     words = [str(ROOT / "attn_viz.py"), "--ckpt=random", "--dataset=shapes", "--n_images=50", "--rows=1", "--device=cpu"]
     answers = []
-    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        done = subprocess.run([sys.executable, *launch, *words, f"--out_dir={tmp_path}"], capture_output=True, text=True, timeout=180)
+    for torchrun in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+        done = subprocess.run([sys.executable, *torchrun, *words, f"--out_dir={tmp_path}"], capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr
         said = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # as torch 2.10 says
         answers.append((said, json.loads((tmp_path / "attention.json").read_text())["runs"]))

@@ -86,8 +86,9 @@ def read_run(path, network, vit):
     known = {"script": saved["script"], "step": saved["step"], "network": network}
     for name in ("dataset", "data_dir", "seed"):
         known[name] = saved["config"][name]
-    if (ROOT / f"{backbone['module']}.py").exists():
-        vit = getattr(importlib.import_module(backbone["module"]), backbone["class"])
+    module = saved["script"] if backbone["module"] == "__main__" else backbone["module"]
+    if (ROOT / f"{module}.py").exists():
+        vit = getattr(importlib.import_module(module), backbone["class"])
     return state, backbone["args"], vit, known
 
 

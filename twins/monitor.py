@@ -76,15 +76,15 @@ def collapse(rows, steps, config):
     if not rows:
         return ""
     warming_up = rows[-1].get("epoch", 0) < config.get("warmup_epochs", 0)  # nothing moves yet
-    evaluations = [row for row in rows if "rank" in row]
-    if len(evaluations) > 1 and rows[-1] is evaluations[-1] and not warming_up:
+    evaluations = [row for row in rows if "rank" in row] if "rank" in rows[-1] else []
+    if len(evaluations) > 1 and not warming_up:
         first, last = evaluations[0], evaluations[-1]
         if last["rank"] < first["rank"] / 4:
             return f"the features collapse: RankMe fell from {first['rank']:.1f} to {last['rank']:.1f}"
         low = [row for row in evaluations[1:] if row.get("knn", 1) < row.get("knn_init", 0)]
         if low[-2:] == evaluations[-2:]:
             return f"k-NN accuracy {last['knn']:.3f} stays below random weights' {last['knn_init']:.3f}"
-    window = [row for row in rows if "loss" in row][-max(2, steps // (25 * config["log_every"])) :]
+    window = rows[-max(2, steps // (25 * config["log_every"])) :]
 
     def always(name, low, high):
         return len(window) > 1 and all(low <= row.get(name, math.inf) <= high for row in window)
