@@ -150,7 +150,8 @@ def cost_command(cell, file):
     few = {"knn_bank": 50, "knn_queries": 20, "max_steps": 10**6, "eval_every": 10**6}
     few["base_lr"] = 0.0  # a run that diverges at once has a cost, too
     script = ROOT / f"{cell['script']}.py"
-    return [ROOT / "twins" / "stopwatch.py", file, 2, 3, "", script, *words_of(cell, **few)]
+    words = ["data.multi_crop", script, *words_of(cell, **few)]
+    return [ROOT / "twins" / "stopwatch.py", file, 2, 3, "", *words]
 
 
 def run_cell(cell):

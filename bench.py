@@ -54,7 +54,8 @@ def measure(script, options, trace_file):
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         words = [f"--{name}={value}" for name, value in options.items()]
-        command = [ROOT / "twins" / "stopwatch.py", result, warmup, steps, trace_file, script, *words]
+        command = [ROOT / "twins" / "stopwatch.py", result, warmup, steps, trace_file]
+        command += ["data.multi_crop", script, *words]
         environment = {**os.environ, "TQDM_DISABLE": "1"}
         code = subprocess.run([sys.executable, *map(str, command)], env=environment).returncode
         if code < 0:

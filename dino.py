@@ -6,7 +6,7 @@ The teacher is the exponential moving average (EMA) of the student, without grad
     P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)    CE = H(P_t, P_s)
     L = mean of CE over pairs of different views, the teacher's and the student's
 
-As the official code step for step, but for epsilon 1e-6 (there 1e-12) in the L2 bottleneck.
+The official code step for step, but: L2 epsilon 1e-6 (there 1e-12); tau_t warms up only if below tau_s.
 
     python dino.py --dataset=shapes                        a few minutes on two CPU cores
     python dino.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 + 6 x 16 pixels

@@ -34,12 +34,19 @@ def drawn(monkeypatch, module, draw):
 def test_curves_show_every_number_of_the_log(monkeypatch):
     rows = [
         {"step": 0, "knn": 0.1, "note": "text"},
-        {"step": 1, "loss": 2.0, "mse": 1.0, "lr": 0.1, "seconds": 3.0},
+        {"step": 1, "loss": 2.0, "mse": 1.0, "lr": 0.1, "seconds": 3.0, "knn": 0.2},
     ]
     figure = drawn(monkeypatch, pictures, lambda: pictures.curves_picture(rows))
     shown = {axis.get_title(): [line.get_label() for line in axis.lines] for axis in figure.axes}
-    assert shown == {"loss and its parts": ["loss", "mse"], "k-NN accuracy": ["knn"], "learning rate": ["lr"]}
+    assert shown == {
+        "loss and its parts": ["loss", "mse"],
+        "k-NN accuracy": ["knn"],
+        "k-NN accuracy by time": ["knn"],
+        "learning rate": ["lr"],
+    }
     assert figure.axes[0].lines[1].get_xydata().tolist() == [[1, 1]]
+    assert figure.axes[2].lines[0].get_xydata().tolist() == [[0, 0.1], [3 / 60, 0.2]]
+    assert figure.axes[2].get_xlabel() == "minutes of training"
     monkeypatch.undo()
     assert pictures.curves_picture([{"step": 0}])[:4] == b"\x89PNG"
 

@@ -23,8 +23,10 @@ NAMES = {  # as a paper prints them
     "pottedplant": "potted plant",
     "tvmonitor": "TV monitor",
 }
+BY_TIME = "k-NN accuracy by time"
 PANELS = {  # of curves.png: how names of log columns begin; the first that fits
     "k-NN accuracy": ("knn",),
+    BY_TIME: (),  # drawn besides
     "entropy, divergence (nats)": ("teacher_entropy", "kl"),
     "feature std, C": ("feature_std", "c_diag", "c_off"),
     "effective rank (RankMe)": ("rank",),
@@ -71,13 +73,18 @@ def png(figure):
 
 
 def curves_picture(rows):
-    """curves.png: every number of a log's rows (a list of dicts) against the step, in panels by meaning."""
+    """curves.png: every number of a log's rows (a list of dicts) against the step, in panels by meaning.
+
+    k-NN accuracy is drawn against the minutes of training as well; a row without `seconds` is at 0.
+    """
     curves = {title: {} for title in ("loss and its parts", *PANELS)}
     for row in rows:
         for name, value in row.items():
             title = next(t for t, starts in PANELS.items() if name.startswith(starts))
             if isinstance(value, int | float):
                 curves[title].setdefault(name, []).append((row["step"], value))
+                if name == "knn":
+                    curves[BY_TIME].setdefault(name, []).append((row.get("seconds", 0) / 60, value))
     drawn = {title: lines for title, lines in curves.items() if title and lines}
     lines = -(-len(drawn) // 3)
     figure = new_figure(12, max(3.2 * lines, 1), layout="constrained")
@@ -87,7 +94,7 @@ def curves_picture(rows):
             width = 4 if name == "loss" else 1.5  # it may be equal to its only part
             marker = "." if len(points) < 30 else None
             axis.plot(*zip(*points, strict=True), label=name, linewidth=width, marker=marker)
-        axis.set(title=title, xlabel="step")
+        axis.set(title=title, xlabel="minutes of training" if title == BY_TIME else "step")
         axis.legend(fontsize=8)
     return png(figure)
 

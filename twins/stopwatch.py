@@ -1,15 +1,16 @@
 """What a step of a training script costs: seconds, floating-point operations, memory.
 
-    python twins/stopwatch.py result.json 2 3 "" dino.py --dataset=shapes
+    python twins/stopwatch.py result.json 2 3 "" data.multi_crop dino.py --dataset=shapes
 
 runs dino.py in a temporary folder, 2 steps to warm up and 3 that count, and writes result.json: {first:
-seconds until the first step was done, seconds: of a step, views: share of it that multi_crop takes, n_views:
-of an image, flop: of a step, absent if it is compiled, peak_gib: on a GPU}. A file in place of "" gets a
-trace of three more steps; result.json then holds {operations: {name: share of a step's time}} too. A run that
-fails prints its own error and writes nothing.
+seconds until the first step was done, seconds: of a step, views: share of it that data.multi_crop takes,
+n_views: of an image, flop: of a step, absent if it is compiled, peak_gib: on a GPU}. A file in place of ""
+gets a trace of three more steps; result.json then holds {operations: {name: share of a step's time}} too. A
+run that fails prints its own error and writes nothing.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -23,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import data
 from twins.files import write_file
 from twins.run import Run
 
@@ -41,14 +41,15 @@ class Measured(Exception):
 
 
 class Stopwatch:
-    """Stands in for Run.update() and data.multi_crop() while a script runs; the last step raises Measured.
+    """Stands in for Run.update() and `crop`, which makes views, while a script runs.
 
-    The operations are those of the second step. `result` is what the file's docstring describes.
+    The last step raises Measured. The operations are those of the second step. `result` is what the file's
+    docstring describes.
     """
 
-    def __init__(self, warmup, steps, trace):
+    def __init__(self, warmup, steps, trace, crop):
         self.warmup, self.steps, self.trace, self.begun = warmup, steps, trace, time.perf_counter()
-        self.update, self.crop, self.done, self.spans, self.result = Run.update, data.multi_crop, 0, [], {}
+        self.update, self.crop, self.done, self.spans, self.result = Run.update, crop, 0, [], {}
         self.counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
         self.profiler = torch.profiler.profile()
         self.cuda = torch.cuda.is_available()
@@ -118,18 +119,25 @@ class Stopwatch:
         return {name: spent / total for name, spent in longest}
 
 
-def measure(warmup, steps, trace, script):
-    """Runs a training script, whose options stand in sys.argv, until it is measured; returns the result."""
-    watch = Stopwatch(warmup, steps, trace)
-    data.multi_crop, Run.update = watch.views, lambda run: watch.step(run)
+def measure(warmup, steps, trace, views, script):
+    """Runs a training script, whose options stand in sys.argv, until it is measured; returns the result.
+
+    views: the name, such as data.multi_crop, of the function that the script imports to make views.
+    """
+    module_name, _, function = views.rpartition(".")
+    module = importlib.import_module(module_name)
+    watch = Stopwatch(warmup, steps, trace, getattr(module, function))
+    setattr(module, function, watch.views)
+    Run.update = lambda run: watch.step(run)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.suppress(Measured):
         runpy.run_path(script, run_name="__main__")
     return watch.result
 
 
 if __name__ == "__main__":
-    file, warmup_steps, counted_steps, trace_file, training_script, *options = sys.argv[1:]
+    file, warmup_steps, counted_steps, trace_file, views_function, training_script, *options = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [training_script, *options, f"--out_dir={folder}"]
-        measured = measure(int(warmup_steps), int(counted_steps), trace_file, training_script)
+        counts = int(warmup_steps), int(counted_steps)
+        measured = measure(*counts, trace_file, views_function, training_script)
     write_file(Path(file), json.dumps(measured))

@@ -1,0 +1,37 @@
+"""--dtype=float64 is float64 from the views to the checkpoint, in every script."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import SCRIPTS
+from twins.files import load_pickle
+
+
+def operations(node):
+    """The names of all operations that a loss comes from."""
+    seen, left = set(), [node]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [earlier for earlier, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_in_float64_never_leaves_it(train, tmp_path, script):
+    def spy(g):
+        assert g["loss"].dtype == torch.float64 and g["loss"].isfinite()
+        assert {view.dtype for view in g["views"]} == {torch.float64}
+        assert "ToCopyBackward0" not in operations(g["loss"].grad_fn)  # a cast, to float32 and back
+        steps.append(g["step"])
+
+    steps = []
+    g = train(script, spy, dtype="float64", max_steps=2, out_dir=tmp_path / "run")
+    assert steps == [0, 1]
+    weights = load_pickle(tmp_path / "run" / "ckpt.pt")[g["run"].backbone_name.partition(".")[0]]
+    assert {weight.dtype for weight in weights.values()} == {torch.float64}
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2] and all(0 <= rows[i]["knn"] <= 1 for i in (0, -1))
