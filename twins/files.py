@@ -39,8 +39,23 @@ def read_json(path):
             return content
         problem = "it holds no JSON object"
     except (OSError, ValueError, RecursionError) as error:
-        problem = first_line(error)
+        problem = getattr(error, "strerror", "") or first_line(error)
     raise UserError(f"{path} cannot be read ({problem})")
+
+
+def read_rows(path):
+    """A log's rows, dicts with `step`; the last may be cut off. Raises UserError for another broken line."""
+    lines, rows = path.read_text(errors="replace").splitlines() if path.exists() else [], []
+    for i, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+            if type(rows[-1]["step"]) is not int:
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            if i < len(lines) - 1:
+                raise UserError(f"line {i + 1} of {path} is broken: mend or remove it") from None
+            return rows[:i]
+    return rows
 
 
 def sha256(content):
@@ -97,6 +112,7 @@ def read_checkpoint(path, device="cpu"):
     if not path.exists():
         raise UserError(f"{path} does not exist")
     saved = load_pickle(path, device)
-    if not {"script", "step", "config", "backbone"} <= saved.keys() or not isinstance(saved["config"], dict):
+    kinds = {"script": str, "step": int, "seconds": float, "config": dict, "backbone": dict}
+    if any(type(saved.get(name)) is not kind for name, kind in kinds.items()) or saved["step"] < 0:
         raise UserError(f"{path} is not a checkpoint of a training script")
     return saved
