@@ -111,7 +111,7 @@ class Run:
         if self.device.type == "cpu" or done % self.config["log_every"] == 0 or done == self.steps:
             bad = not_finite(self.modules)
             if bad:
-                self.diverge(f"{bad} is not finite", self.bar.n)
+                self.diverge(f"the norm of {bad} is not finite", self.bar.n)
         self.bar.update()
         self.estimate()
         if world() > 1:
