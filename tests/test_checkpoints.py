@@ -63,7 +63,7 @@ def full_disk(monkeypatch):
 
     def fill(*names):
         def full(path, mode="r", **options):
-            file = open(path, mode, **options)
+            file = open(path, mode, **options)  # noqa: SIM115
             if "r" not in mode and any(str(path).removesuffix(".part").endswith(name) for name in names):
                 file.write(b"half a row" if "b" in mode else "half a row")
                 file.close()
@@ -106,7 +106,7 @@ def test_a_failed_save_is_said_at_every_save_and_ends_the_run_in_one_sentence(sm
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
     full_disk("ckpt.pt")
     steps(r, 1, 2)
-    with pytest.raises(UserError, match="ended at step 3 but its last save failed: .*No space left on device"):
+    with pytest.raises(UserError, match=r"ended at step 3 but its last save failed: .*No space left on device"):
         r.finish()
     assert "".join(capsys.readouterr()).count("ckpt.pt cannot be written") == 2
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before and not list(tmp_path.rglob("*.part"))
@@ -176,10 +176,10 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(configure, folder):
     (folder / "ckpt.pt").unlink()
     assert configure(folder)["depth"] == 1  # killed between two renames
     (folder / "ckpt-previous.pt").unlink()
-    with pytest.raises(UserError, match="ckpt.pt does not exist"):
+    with pytest.raises(UserError, match=r"ckpt.pt does not exist"):
         configure(folder)
     shutil.rmtree(folder / "export")
-    with pytest.raises(UserError, match="holds no run to resume"):
+    with pytest.raises(UserError, match=r"holds no run to resume"):
         configure(folder)
 
 
@@ -206,13 +206,13 @@ def test_a_logger_that_is_not_installed_changes_nothing(small, monkeypatch, tmp_
     monkeypatch.setitem(run.start_logger.__globals__, "importlib", types.SimpleNamespace(import_module=__import__))
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     for _ in range(2):  # the second finds the lock free
-        with pytest.raises(UserError, match="--logger=wandb needs a package"):
+        with pytest.raises(UserError, match=r"--logger=wandb needs a package"):
             small(resume=True, logger="wandb")
     assert content(tmp_path) == before
 
 
 def test_a_new_run_that_fails_leaves_no_run(train, tmp_path, functions):
-    with pytest.raises(UserError, match="is not finite at step 0, .*nothing was saved yet"):
+    with pytest.raises(UserError, match=r"is not finite at step 0, .*nothing was saved yet"):
         train("hybrid_a.py", out_dir=tmp_path / "new", depth=1, base_lr=1e35, warmup_epochs=0.0)
     keys.configure(dict(functions["hybrid_a.py"]), [f"--out_dir={tmp_path / 'new'}"])
 
@@ -245,7 +245,7 @@ def test_a_flipped_bit_of_an_export_is_noticed(folder):
     flipped[-7] ^= 1
     file.write_bytes(flipped)
     assert load(bytes(flipped))  # to safetensors it is sound
-    with pytest.raises(UserError, match="model.safetensors is damaged: its checksum"):
+    with pytest.raises(UserError, match=r"model.safetensors is damaged: its checksum"):
         weights.read_weights(folder / "export")
 
 
@@ -326,7 +326,7 @@ def test_options_of_a_checkpoint_are_those_of_a_command_line(configure, folder, 
 def test_a_checkpoint_of_other_types_is_none(folder, changes):
     (folder / "ckpt-previous.pt").unlink()
     edit(folder / "ckpt.pt", lambda saved: saved.update(changes))
-    with pytest.raises(UserError, match="is not a checkpoint of a training script"):
+    with pytest.raises(UserError, match=r"is not a checkpoint of a training script"):
         load_checkpoint(folder)
 
 
@@ -336,7 +336,7 @@ def test_a_state_that_does_not_fit_is_one_sentence(small, tmp_path, name, value)
     r.save(1)
     r.finish()
     edit(tmp_path / "run" / "ckpt.pt", lambda saved: saved.update({name: value}))
-    with pytest.raises(UserError, match="ckpt.pt does not fit"):
+    with pytest.raises(UserError, match=r"ckpt.pt does not fit"):
         small(resume=True)
 
 
@@ -355,7 +355,7 @@ def test_a_backbone_that_cannot_be_built_is_one_sentence(folder, args):
 def test_an_export_of_other_types_is_one_sentence_or_none(folder, changes):
     edit(folder / "export" / "config.json", lambda content: content.update(changes))
     config = {"ckpt": str(folder / "export"), "weights": "", "heads": 2, "dataset": "", "data_dir": ""}
-    if "num_heads" in str(changes) and "-2" not in str(changes) or changes == {"model_args": [1]}:
+    if ("num_heads" in str(changes) and "-2" not in str(changes)) or changes == {"model_args": [1]}:
         load_backbone(config, "cpu", ViT)  # --heads decides
         return
     with pytest.raises(UserError):
@@ -365,7 +365,7 @@ def test_an_export_of_other_types_is_one_sentence_or_none(folder, changes):
 def test_deeply_nested_json_is_one_sentence(folder):
     deep = "[" * 100_000
     (folder / "export" / "config.json").write_text(deep)
-    with pytest.raises(UserError, match="config.json cannot be read"):
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
         weights.read_weights(folder / "export")
     (folder / "log.jsonl").write_text(f'{deep}\n{{"step": 1}}\n')
     with pytest.raises(UserError, match=r"line 1 of .*log.jsonl is broken: mend or remove it"):
@@ -378,7 +378,7 @@ def test_a_row_of_another_type_is_one_sentence_but_for_the_last(tmp_path, line):
     log.write_text('{"step": 1}\n' + line)
     assert read_rows(log) == [{"step": 1}]
     log.write_text(line + '\n{"step": 1}\n')
-    with pytest.raises(UserError, match="line 1 of .* is broken"):
+    with pytest.raises(UserError, match=r"line 1 of .* is broken"):
         read_rows(log)
 
 

@@ -1,5 +1,6 @@
 """A run in an unfriendly place: odd environments, closed terminals, ignored signals, too little memory, slips of the keyboard."""
 
+import contextlib
 import faulthandler
 import io
 import json
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ ENVIRONMENT = {  # a notebook's server, an ascii terminal, a cluster's job
 def hostile(tmp_path_factory):
     """A run's exit code and folder: started with SIGHUP and SIGINT ignored, both sent to it, standard output full, error closed."""
     out = tmp_path_factory.mktemp("hostile") / "run"
-    words = [sys.executable, str(ROOT / "dino.py"), *tiny("dino.py", depth=1, max_steps=200, eval_every=200, out_dir=out)]
+    words = [sys.executable, str(ROOT / "dino.py"), *tiny("dino.py", depth=1, max_steps=60, eval_every=60, out_dir=out)]
     command = f"trap '' HUP INT; exec {shlex.join(words)} >/dev/full 2>&-"
     process = subprocess.Popen(["sh", "-c", command], env=os.environ | ENVIRONMENT)
     while process.poll() is None and not ((out / "log.jsonl").exists() and '"step": 2' in (out / "log.jsonl").read_text()):
@@ -49,7 +51,7 @@ def test_a_notebooks_backend_and_a_clusters_variables_do_not_matter(hostile):
 
 def test_full_and_closed_output_and_ignored_signals_do_not_end_a_run(hostile):
     code, out = hostile
-    assert code == 0 and read_rows(out / "log.jsonl")[-1]["step"] == 200 and (out / "ckpt.pt").exists()
+    assert code == 0 and read_rows(out / "log.jsonl")[-1]["step"] == 60 and (out / "ckpt.pt").exists()
 
 
 def test_a_backend_that_is_not_installed_is_not_imported(monkeypatch):
@@ -66,10 +68,16 @@ def test_printing_to_ascii_closed_and_full_streams_goes_on():
     ascii = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     print("naïve", file=processes.Stream(ascii), flush=True)
     assert ascii.buffer.getvalue() == b"na?ve\n"
-    closed = open(os.devnull, "w")
-    closed.close()
-    for stream in (closed, open("/dev/full", "w") if os.path.exists("/dev/full") else None, None):
+    reader, writer = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full" if os.path.exists("/dev/full") else os.devnull, os.O_WRONLY)
+    streams = [os.fdopen(number, "w") for number in (os.dup(writer), writer, full)]
+    streams[0].close()
+    for stream in [*streams, None]:
         print("lost" * 10_000, file=processes.Stream(stream), flush=True)
+    for stream in streams:
+        with contextlib.suppress(OSError):  # here it would be told
+            stream.close()
 
 
 def test_a_bus_error_is_not_silent(monkeypatch):
@@ -207,14 +215,14 @@ def test_a_network_of_width_one_logs_no_nan(train, tmp_path):
 def little_memory():
     """A GiB more than there is in use."""
     resource = pytest.importorskip("resource")
-    limits, used = resource.getrlimit(resource.RLIMIT_AS), int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, limits[1]))
+    limits, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-@pytest.mark.parametrize("key", ["dim=4000", "dim=100000000", "image_size=400000", "hidden_dim=1000000000"])
+@pytest.mark.parametrize("key", ["dim=20000", "dim=100000000", "image_size=400000", "hidden_dim=1000000000"])
 def test_too_little_memory_is_one_sentence(train, little_memory, key, capsys):
     name, value = key.split("=")
     with pytest.raises((RuntimeError, MemoryError)) as error:
@@ -252,7 +260,7 @@ def test_seeds_end_at_two_to_the_64(configure):
 
 @pytest.mark.parametrize("word", ["--knn_bank=1", "--dim=0", f"--max_steps={10**400}", f"--dim={10**12}", "--wd=1e400", f"--epochs={'9' * 5000}"])
 def test_numbers_beyond_the_limits_are_refused(configure, word):
-    with pytest.raises(UserError, match="it must be (from|a whole number)"):
+    with pytest.raises(UserError, match=r"it must be (from|a whole number)"):
         configure(word)
 
 
@@ -288,8 +296,3 @@ def test_help_states_limits_once_and_whole(configure, capsys):
     assert "of learning-rate warm-up from 0 (from 0)\n" in said and f"views (from 0 to {2**64 - 1})\n" in said
     assert "momentum of that running mean" in said or "of that running mean (from 0 to 1)\n" in said
 
-
-def test_help_into_a_pipe_that_closes_is_quiet(tmp_path):
-    words = shlex.join([sys.executable, str(ROOT / "dino.py"), "--help"])
-    done = subprocess.run(["sh", "-c", f"{words} | true"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stderr == ""
