@@ -124,8 +124,10 @@ class ViT(nn.Module):
         super().__init__()
         self.args = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth}
         self.args.update(heads=heads, drop_path=drop_path, registers=registers)
-        if dim % heads:
+        if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"dim={dim} cannot be split into heads={heads} equal parts")
+        if not 1 <= depth <= 1000:
+            raise ValueError(f"depth={depth} must be from 1 to 1000")
         check_size(image_size, patch_size)
         self.patch_size, self.dim, self.drop_path, self.num_prefix_tokens = (
             patch_size,

@@ -108,7 +108,7 @@ def test_a_nan_stops_the_run_and_saves_nothing(train, tmp_path):
         if g["step"] == 2:
             g["student"].backbone.cls_token.data.fill_(float("nan"))
 
-    with pytest.raises(UserError, match=r"ce is nan at step 3, learning rate .*, ckpt.pt is sound"):
+    with pytest.raises(UserError, match=r"student.backbone.cls_token is not finite at step 2, learning rate .*, ckpt.pt is sound"):
         train("hybrid_a.py", poison, max_steps=9, save_every=2, out_dir=tmp_path / "nan")
     saved = read_checkpoint(tmp_path / "nan" / "ckpt.pt")
     assert saved["step"] == 2 and all(v.isfinite().all() for v in saved["student"].values())

@@ -84,12 +84,20 @@ def read_run(path, network, vit):
     prefix = f"{inner}." if inner else ""
     state = {name.removeprefix(prefix): x for name, x in saved[network].items() if name.startswith(prefix)}
     known = {"script": saved["script"], "step": saved["step"], "network": network}
-    for name in ("dataset", "data_dir", "seed"):
-        known[name] = saved["config"][name]
+    known.update({name: saved["config"].get(name, "") for name in ("dataset", "data_dir", "seed")})
     module = saved["script"] if backbone["module"] == "__main__" else backbone["module"]
     if (ROOT / f"{module}.py").exists():
         vit = getattr(importlib.import_module(module), backbone["class"])
     return state, backbone["args"], vit, known
+
+
+def name_in(modules, backbone):
+    """The backbone's name in a run's {name: module}, such as teacher.backbone. Raises UserError."""
+    for name, outer in modules.items():
+        for inner, module in outer.named_modules():
+            if module is backbone:
+                return f"{name}.{inner}".rstrip(".")
+    raise UserError("the backbone to evaluate is in none of the modules that the run's checkpoint holds")
 
 
 def random_like(backbone, device):
@@ -99,7 +107,10 @@ def random_like(backbone, device):
 
 def trained_on(config, about):
     """The data set to evaluate on and its folder: those given, else those the run was trained on, else ''."""
-    return config["dataset"] or about.get("dataset", ""), config["data_dir"] or about.get("data_dir", "data")
+    known = about.get("dataset", ""), about.get("data_dir", "data")
+    if not all(isinstance(text, str) for text in known):
+        raise UserError(f"the data of --ckpt={config['ckpt']} are no text: give --dataset and --data_dir")
+    return config["dataset"] or known[0], config["data_dir"] or known[1]
 
 
 def output_folder(config, ckpt, dataset):

@@ -1,8 +1,9 @@
 """Image files decoded once, by all cores, into one array on disk: for folders of any size, and killed at any time.
 
-Next to the array <name>.npy, uint8 [n 3 s s], lies <name>.flags, a byte for each file: not decoded yet, decoded or broken. An array
-that is not whole yet is called <name>.npy.part, and the next start goes on with it. A worker is this file run as a
-script, without torch, so that it starts in a moment and asks nothing of the program that needs the images:
+Next to the array <name>.npy, uint8 [n 3 s s], lies <name>.flags, a byte for each file (not decoded yet, decoded or
+broken), and then a checksum. An array that is not whole yet is called <name>.npy.part, and the next start goes on
+with it. A worker is this file run as a script, without torch, so that it starts in a moment and asks nothing of the
+program that needs the images:
 
     python decoding.py PATHS ARRAY OFFSET SIZE WORKER WORKERS
 """
@@ -14,11 +15,13 @@ import sys
 import tempfile
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 DECODED, BROKEN = 1, 2
+CHECKED = 2**31  # bytes of an array whose checksum is worth the time at every start, a second
 BLOCK = 256  # images written and flagged together
 
 
@@ -47,7 +50,9 @@ def decode_all(paths, size, file, progress):
     file.parent.mkdir(parents=True, exist_ok=True)
     with locked(file.with_suffix(".lock")):
         if is_whole(file, flags, len(paths)):
-            return np.fromfile(flags, np.uint8)
+            return np.fromfile(flags, np.uint8, len(paths))
+        if file.exists():
+            print(f"warning: {file} is damaged: decoding again", flush=True)
         if not (part.exists() and flags.exists() and flags.stat().st_size == len(paths)):
             np.lib.format.open_memmap(part, "w+", np.uint8, (len(paths), 3, size, size))
             flags.write_bytes(bytes(len(paths)))
@@ -75,15 +80,22 @@ def decode_all(paths, size, file, progress):
         done = np.fromfile(flags, np.uint8)
         progress(int((done > 0).sum()))
         close_holes(part, offset, done)
+        flags.write_bytes(done.tobytes() + checksum(np.load(part, mmap_mode="r")))
         os.replace(part, file)
         os.truncate(file, offset + int((done == DECODED).sum()) * 3 * size * size)
         names.unlink()
     return done
 
 
+def checksum(images):
+    """Four bytes; those of a large array are 0."""
+    return (zlib.crc32(images) if images.nbytes <= CHECKED else 0).to_bytes(4, "little")
+
+
 def is_whole(file, flags, n):
     try:
-        return flags.stat().st_size == n and len(np.load(file, mmap_mode="r")) == (np.fromfile(flags, np.uint8) == DECODED).sum()
+        marks, images = flags.read_bytes(), np.load(file, mmap_mode="r")
+        return len(images) == marks[:n].count(DECODED) and marks[n:] == checksum(images)
     except (OSError, ValueError, EOFError):  # not there, or cut off
         return False
 

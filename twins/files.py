@@ -39,24 +39,22 @@ def read_json(path):
             return content
         problem = "it holds no JSON object"
     except (OSError, ValueError, RecursionError) as error:
-        problem = first_line(error)
+        problem = getattr(error, "strerror", "") or first_line(error)
     raise UserError(f"{path} cannot be read ({problem})")
 
 
 def read_log(path):
-    """The rows of a run's log.jsonl, a list of dicts, without a last line that is cut off; [] without a file.
-
-    Raises UserError if another line is broken.
-    """
+    """A log's rows, dicts with `step`; the last may be cut off. Raises UserError for another broken line."""
     lines, rows = path.read_text(errors="replace").splitlines() if path.exists() else [], []
     for i, line in enumerate(lines):
         try:
-            row = json.loads(line)
-            row["step"] = int(row["step"])
-            rows.append(row)
+            rows.append(json.loads(line))
+            if type(rows[-1]["step"]) is not int:
+                raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
             if i < len(lines) - 1:
                 raise UserError(f"line {i + 1} of {path} is broken: mend or remove it") from None
+            return rows[:i]
     return rows
 
 
@@ -114,6 +112,7 @@ def read_checkpoint(path, device="cpu"):
     if not path.exists():
         raise UserError(f"{path} does not exist")
     saved = load_pickle(path, device)
-    if not {"script", "step", "config", "backbone"} <= saved.keys() or not isinstance(saved["config"], dict):
+    kinds = {"script": str, "step": int, "seconds": float, "config": dict, "backbone": dict}
+    if any(type(saved.get(name)) is not kind for name, kind in kinds.items()) or saved["step"] < 0:
         raise UserError(f"{path} is not a checkpoint of a training script")
     return saved

@@ -26,6 +26,7 @@ KINDS = {
     str: "a text",
     tuple: "numbers like 0.4,1.0",
 }
+LARGEST = 10**9  # whole number, where a comment sets no limit
 
 
 class Option(NamedTuple):
@@ -66,7 +67,8 @@ def read_comment(default, comment):
     if isinstance(default, str):
         return Option(default, meaning, choices=(default, *limits[1].split("|")))
     low, _, high = limits[1].partition("..")
-    return Option(default, meaning, float(low or -math.inf), float(high or math.inf))
+    number = int if isinstance(default, int) else float  # 2**64 - 1 is no float
+    return Option(default, meaning, number(low) if low else -math.inf, number(high) if high else math.inf)
 
 
 def convert(name, option, value):
@@ -74,18 +76,23 @@ def convert(name, option, value):
     kind = type(option.default)
     try:
         converted = from_text(value, kind) if isinstance(value, str) else from_json(value, kind)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"--{name}={value}: it must be {KINDS[kind]}") from None
     if option.choices and converted not in option.choices:
         choices = dict.fromkeys(choice for choice in option.choices if choice)
         raise UserError(f"--{name}={value} is unknown: choose {' or '.join(choices)}")
     if kind in (int, float, tuple):
         numbers = converted if kind is tuple else (converted,)
-        if not all(option.low <= number <= option.high and math.isfinite(number) for number in numbers):
-            raise UserError(f"--{name}={value}: it must be from {option.low:g} to {option.high:g}")
+        high = LARGEST if kind is int and option.high == math.inf else option.high
+        if not all(option.low <= number <= high and abs(number) < math.inf for number in numbers):
+            raise UserError(f"--{name}={value}: it must be from {plain(option.low)} to {plain(high)}")
         if len(numbers) != (len(option.default) if kind is tuple else 1) or list(numbers) != sorted(numbers):
             raise UserError(f"--{name}={value}: it must be {len(option.default)} numbers in ascending order")
     return converted
+
+
+def plain(limit):
+    return limit if isinstance(limit, int) else f"{limit:g}"
 
 
 def from_text(text, kind):
@@ -156,12 +163,10 @@ def print_help(parser, options, in_force):
     print(f"{parser.description}\n\noptions, with their defaults:\n")
     for name, option in options.items():
         choices = " or ".join(dict.fromkeys(choice for choice in option.choices if choice))
-        limits = f" from {option.low:g}" * (option.low > -math.inf) + f" to {option.high:g}" * (
-            option.high < math.inf
-        )
-        print(
-            f"  {f'--{name}={in_force[name]}':<32} {option.meaning}{f' ({choices})' * bool(choices)}{limits}"
-        )
+        low = f"from {plain(option.low)}" if option.low > -math.inf else ""
+        high = f"to {plain(option.high)}" if option.high < math.inf else ""
+        limits = choices or f"{low} {high}".strip()
+        print(f"  {f'--{name}={in_force[name]}':<32} {option.meaning}{f' ({limits})' * bool(limits)}")
     sys.exit(0)
 
 
@@ -221,10 +226,15 @@ def saved_options(out_dir, script_name, options):
         )
     config = {key: saved["config"][key] for key in options if key in saved["config"]}
     config = {key: convert(key, options[key], value) for key, value in config.items()}
-    beside = read_json(out_dir / "config.json") if (out_dir / "config.json").exists() else {}
+    try:
+        beside = read_json(out_dir / "config.json")
+    except UserError as error:
+        print(f"warning: {error}: ckpt.pt decides")
+        return config
     for key, value in config.items():
-        if key in beside and beside[key] != json.loads(json.dumps(value)) and key != "resume":
-            print(f"warning: config.json says --{key}={beside[key]}, ckpt.pt {value}: ckpt.pt decides")
+        said = f"--{key}={beside[key]}" if key in beside else f"nothing of --{key}"
+        if beside.get(key) != json.loads(json.dumps(value)) and key != "resume":
+            print(f"warning: config.json says {said}, ckpt.pt {value}: ckpt.pt decides")
     return config
 
 
@@ -240,7 +250,10 @@ def tell_changes(out_dir, config, given):
                 f"{out_dir} is a run with --{key}={config[key]}: leave --{key} out, or use another --out_dir"
             )
     if {"max_steps", "epochs"} & set(changed):
-        print("note: the schedules now reach over the new number of steps, so the learning rate jumps")
+        print(
+            "note: the schedules now reach over the new number of steps, so the learning rate jumps; "
+            "for one schedule from start to end give the new number to a new run in another --out_dir"
+        )
     if changed:
         text = " ".join(f"--{key}={given[key]} (was {config[key]})" for key in changed)
         print(f"changed on resuming: {text}", flush=True)

@@ -57,8 +57,19 @@ def evaluate(backbone, data, bank, queries, device, autocast):
         raise UserError("the features are not finite: try a lower --base_lr")
     z = F.normalize(z[:4096], dim=1)
     p = torch.linalg.svdvals(z)
-    p = p / p.sum() + 1e-7
+    p = p / p.sum().clamp(min=1e-12) + 1e-7  # all features may be 0
     return row | {"feature_std": z.std(0).mean() * z.shape[1] ** 0.5, "rank": (-(p * p.log()).sum()).exp()}
+
+
+def not_finite(modules):
+    """Which weight or gradient of {name: module} has a norm that is not finite; '' for none."""
+    tensors = {}
+    for name, module in modules.items():
+        for inner, p in module.named_parameters():
+            if p.grad is not None:
+                tensors.update({f"the gradient of {name}.{inner}": p.grad, f"{name}.{inner}": p.detach()})
+    norms = torch.stack(torch._foreach_norm(list(tensors.values()))).tolist() if tensors else []
+    return next((name for name, norm in zip(tensors, norms, strict=True) if not math.isfinite(norm)), "")
 
 
 def entropy(p):

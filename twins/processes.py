@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import functools
 import os
 import re
@@ -21,7 +22,7 @@ from twins.errors import UserError, close_bars, first_line, is_sentence
 
 
 def under_torchrun():
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "") != ""
 
 
 def rank():
@@ -53,6 +54,8 @@ class Stream:
 
 def protect_output():
     """Makes printing safe; of the processes of torchrun only rank 0 prints."""
+    if sys.__stderr__:
+        faulthandler.enable(sys.__stderr__)  # a file that is cut off while it is mapped: SIGBUS
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
     if under_torchrun() and os.environ["RANK"] != "0":
         sys.stdout = Stream(None)
@@ -72,11 +75,12 @@ def setup(device, dtype, seed):
     if device == "cuda" and under_torchrun():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.zeros((), device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device={device} does not work here ({first_line(error)}): try --device=cpu"
-        ) from None
+        number = torch.zeros((), device=device)
+        number.item()  # meta has none
+        device = number.device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        problem = first_line(error)[:120]
+        raise UserError(f"--device={device} does not work here ({problem}): try --device=cpu") from None
     if dtype == "auto":
         dtype = "bfloat16" if computes_bfloat16(device) else "float32"
     print(f"device {device}, {dtype}", flush=True)
@@ -212,9 +216,10 @@ def excepthook(kind, error, trace):
             "ckpt.pt is unchanged since the last save, continue with --resume=True",
             file=sys.stderr,
         )
-    elif issubclass(kind, torch.OutOfMemoryError):
+    elif memory_is_full(error):
         print(
-            f"error: {first_line(error)}; ckpt.pt is unchanged; a smaller --batch_size needs less memory",
+            f"error: {first_line(error)}; ckpt.pt is unchanged; "
+            "a smaller network, smaller images or a smaller --batch_size needs less memory",
             file=sys.stderr,
         )
     elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -227,6 +232,11 @@ def excepthook(kind, error, trace):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+def memory_is_full(error):
+    words = "can't allocate memory|Storage size calculation overflowed"  # a CPU's RuntimeErrors
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(words, str(error))
 
 
 def rank_was_lost(error):

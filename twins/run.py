@@ -15,17 +15,18 @@ import einops
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save as to_safetensors
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from twins.backbones import name_in
 from twins.decoding import locked
 from twins.errors import UserError, first_line
-from twins.files import git_state, load_checkpoint, read_log, sha256, write_file
+from twins.files import git_state, load_checkpoint, read_log, write_file
 from twins.loggers import start_logger
-from twins.monitor import collapse
+from twins.monitor import collapse, not_finite
 from twins.pictures import crops_picture, curves_picture
 from twins.processes import rank, seed_step, to_numbers, world
+from twins.weights import write_export
 
 LONG = 3600  # seconds of a run on a CPU that are worth a word
 
@@ -39,46 +40,61 @@ class Run:
     ends loop() after its step, which is saved.
     """
 
+    held = contextlib.ExitStack()  # of the process's last run: bar, handlers of signals, lock
+
     def __init__(self, script, config, steps, state, backbone, device):
         self.script, self.config, self.steps, self.state = Path(script), config, steps, state
         self.backbone, self.device, self.dir = backbone, device, Path(config["out_dir"])
-        self.backbone_name = name_in(state, backbone)
+        self.modules = {name: value for name, value in state.items() if isinstance(value, torch.nn.Module)}
+        self.backbone_name = name_in(self.modules, backbone)
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.start, self.stop, self.seconds, self.rows, self.parent = 0, 0, 0.0, [], os.getppid()
-        self.said, self.unsaved, self.received = set(), "", 0
-        self.lock = self.take_folder() if rank() == 0 else None
-        if config["resume"]:
+        self.said, self.unsaved, self.received, self.log_is_whole, self.lr = set(), "", 0, False, 0.0
+        self.previous = "ckpt-previous.pt"
+        Run.held.close()  # of a run that failed in this process
+        with contextlib.ExitStack() as held:
+            self.begin(held)
+            Run.held = held.pop_all()
+
+    def begin(self, held):
+        """Starts, or resumes: no file changes before the first row. `held` gives back what is taken."""
+        if rank() == 0:
+            self.take_folder(held)
+        if self.config["resume"]:
             self.restore()
-        self.logger = start_logger(config) if rank() == 0 else None
+        self.logger = start_logger(self.config) if rank() == 0 else None
         about = {"script": self.script.stem, "backbone": self.backbone_name, **git_state()}
         about["device_name"] = self.device_name
         about["versions"] = {module.__name__: module.__version__ for module in (torch, np, einops)}
         about["versions"]["python"] = sys.version.split()[0]
-        self.write("config.json", json.dumps({**config, **about}, indent=1))
-        self.write("script.py", self.script.read_text(encoding="utf-8"))
-        self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.bar = tqdm(
-            total=steps, initial=self.start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 15
-        )
+        self.about = json.dumps({**self.config, **about}, indent=1)
+        if not self.config["resume"]:
+            self.describe()
+        interval = 0.5 if sys.stderr.isatty() else 15
+        self.bar = tqdm(total=self.steps, initial=self.start, unit="step", mininterval=interval)
+        held.callback(self.bar.close)
         self.shown, self.clock, self.clock_step, self.first_step_done = {}, time.time(), self.start, 0.0
-        # on the CPU, so that no step waits for it
-        self.signals = dist.new_group(backend="gloo") if world() > 1 else None
+        self.signals = dist.new_group(backend="gloo") if world() > 1 else None  # no step waits for it
         self.handlers = {}
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 self.handlers[number] = signal.signal(number, self.on_signal)
+                held.callback(signal.signal, number, self.handlers[number])
 
-    def take_folder(self):
-        """Keeps other runs out of the folder for as long as this process lives."""
-        lock = locked(self.dir, wait=False)
+    def take_folder(self, held):
+        """Keeps other runs out of the folder until this one ends."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            lock.__enter__()
+            held.enter_context(locked(self.dir, wait=False))
         except BlockingIOError:
-            raise UserError(f"another process is writing into {self.dir}: give another --out_dir") from None
+            problem = f"another process is writing into {self.dir}: give another --out_dir"
+            raise UserError(f"{problem}; to share a run, start its processes with torchrun") from None
         except OSError as error:
             raise UserError(f"{self.dir} cannot be written ({error.strerror})") from None
-        return lock
+
+    def describe(self):
+        self.write("config.json", self.about)
+        self.write("script.py", self.script.read_text(encoding="utf-8"))
 
     def on_signal(self, number, frame):
         self.received = number
@@ -102,6 +118,8 @@ class Run:
 
     def update(self):
         """Moves the bar; a signal that one process received stops all of them after the same step."""
+        if self.device.type == "cpu":  # a GPU would be waited for
+            self.check_weights()
         self.bar.update()
         self.estimate()
         if world() > 1:
@@ -128,16 +146,26 @@ class Run:
 
     def check(self, step, lr, **losses):
         """Raises UserError for a loss that is not finite, before it reaches the weights."""
+        self.lr = lr
         if self.device.type != "cpu" and step % self.config["log_every"]:
             return  # a GPU would be waited for
         for name, value in to_numbers(losses).items():
             if not math.isfinite(value):
-                saved = "ckpt.pt is sound" if (self.dir / "ckpt.pt").exists() else "nothing was saved yet"
-                message = f"{name} is {value} at step {step}, learning rate {lr:.3g}, {saved}"
-                raise UserError(f"{message}: try a lower --base_lr")
+                self.diverge(f"{name} is {value}", step)
+
+    def diverge(self, what, step):
+        Run.held.close()
+        saved = "ckpt.pt is sound" if (self.dir / "ckpt.pt").exists() else "nothing was saved yet"
+        raise UserError(f"{what} at step {step}, learning rate {self.lr:.3g}, {saved}: try a lower --base_lr")
+
+    def check_weights(self):
+        """Raises UserError, naming the tensor, for weights or gradients that are not finite."""
+        if bad := not_finite(self.modules):
+            self.diverge(f"the norm of {bad} is not finite", self.bar.n)
 
     def row(self, step, **values):
         """Starts a log row: the values as numbers, images/s since the last row, a GPU's peak memory."""
+        self.check_weights()  # before they are evaluated
         row = to_numbers(values)
         now = time.time()
         self.seconds += now - self.clock
@@ -151,22 +179,29 @@ class Run:
     def log(self, step, row):
         """Adds a row of any scalars to log.jsonl, the logger and the bar; an evaluation gets `knn_init`."""
         row = {"step": step, **to_numbers(row)}
+        row = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
         if "knn" in row:
             row["knn_init"] = next((r["knn_init"] for r in self.rows if "knn_init" in r), row["knn"])
         self.rows.append(row)
         if rank():
             return
-        with self.attempt("log.jsonl"), open(self.dir / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.attempt("log.jsonl"):
+            whole, self.log_is_whole = self.log_is_whole, False
+            if whole:
+                with open(self.dir / "log.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            else:  # the first row of this process, or the one after a full disk
+                self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+            self.log_is_whole = True
         with self.attempt("the logger"):
             self.logger(row)
-        warning = "" if "collapse" in self.said else collapse(self.rows, self.steps, self.config)
+        warning = ""
+        with self.attempt("the warning of a collapse"):  # rows of a resumed run may be anything
+            warning = "" if "collapse" in self.said else collapse(self.rows, self.steps, self.config)
         if warning:
             self.said.add("collapse")
             self.bar.write(f"warning at step {step}: {warning}")
-        self.shown.update(
-            {name: f"{row[name]:.3g}" for name in ("loss", "images_per_s", "knn") if name in row}
-        )
+        self.shown.update({n: f"{row[n]:.3g}" for n in ("loss", "images_per_s", "knn") if n in row})
         self.bar.set_postfix(self.shown, refresh=False)
         self.clock, self.clock_step = time.time(), step  # the time of evaluations does not count
 
@@ -178,9 +213,8 @@ class Run:
 
     def compile(self):
         """torch.compile for all modules of the run; random numbers stay those of a run without it."""
-        for value in self.state.values():
-            if isinstance(value, torch.nn.Module):
-                value.compile(options={"fallback_random": True})
+        for module in self.modules.values():
+            module.compile(options={"fallback_random": True})
 
     @contextlib.contextmanager
     def attempt(self, what):
@@ -200,9 +234,7 @@ class Run:
             state[name] = value.state_dict() if hasattr(value, "state_dict") else value
             tensors = [x for x in tree_leaves(state[name]) if isinstance(x, torch.Tensor)]
             if not all(x.isfinite().all() for x in tensors):
-                raise UserError(
-                    f"the {name} is not finite at step {step}: not saved; {self.dir}/ckpt.pt is older"
-                )
+                self.diverge(f"the {name} is not finite", step)
         if rank():
             return
         kind = type(self.backbone)
@@ -212,8 +244,12 @@ class Run:
         buffer = io.BytesIO()
         torch.save({**saved, "config": self.config, "backbone": known, **state}, buffer)
         try:
-            self.write("ckpt.pt", buffer.getvalue(), previous="ckpt-previous.pt")
-            self.export(step)
+            self.write("ckpt.pt", buffer.getvalue(), self.previous)
+            self.previous = "ckpt-previous.pt"
+            self.describe()
+            about = {"script": self.script.stem, "step": step, "backbone": self.backbone_name}
+            about.update({name: self.config[name] for name in ("dataset", "data_dir", "seed")})
+            write_export(self.dir / "export", self.backbone, about)
             self.unsaved = ""
         except UserError as error:
             self.unsaved = str(error)
@@ -221,19 +257,6 @@ class Run:
         with self.attempt("curves.png"):
             self.write("curves.png", curves_picture(self.rows))
         self.clock = time.time()
-
-    def export(self, step):
-        """export/: the backbone alone, as safetensors under timm's names, and how timm builds it."""
-        weights = self.backbone.state_dict()
-        tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        about = {"script": self.script.stem, "step": step, "backbone": self.backbone_name}
-        about.update({name: self.config[name] for name in ("dataset", "data_dir", "seed")})
-        if hasattr(self.backbone, "timm_args"):
-            about["model_args"] = self.backbone.timm_args()
-        content = to_safetensors(tensors)
-        about["sha256"] = sha256(content)
-        self.write("export/model.safetensors", content)
-        self.write("export/config.json", json.dumps(about, indent=1))
 
     def restore(self):
         """Loads the checkpoint into `state`, strictly, and drops the log's later rows."""
@@ -244,49 +267,34 @@ class Run:
                     value.copy_(saved[name])
                 elif not isinstance(value, str):
                     value.load_state_dict(saved[name])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             changed = [k for k, v in saved["config"].items() if self.config.get(k) != v and k != "resume"]
-            raise UserError(
-                f"{path} does not fit; options that differ from its run: {changed} ({first_line(error)})"
-            ) from None
+            problem = f"{path} does not fit; options that differ from its run: {changed}"
+            raise UserError(f"{problem} ({first_line(error)})") from None
         self.start, self.seconds = saved["step"], saved["seconds"]
         self.rows = [row for row in read_log(self.dir / "log.jsonl") if row["step"] <= self.start]
         for name, value in self.state.items():
             if isinstance(value, str) and saved.get(name) != value:
                 print(f"warning: the {name} changed since this run began: held-out images may be trained on")
         if problem:
+            self.previous = ""  # keep the sound one
             print(f"warning: {problem}; using the checkpoint before it")
         print(f"resumed {path} at step {self.start}")
 
     def finish(self):
         """Closes the bar, prints the results or how to resume; exits after a signal. UserError if unsaved."""
         step = self.bar.n
-        self.bar.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.lock:
-            self.lock.__exit__()
+        Run.held.close()
         if self.unsaved:
             raise UserError(f"the run ended at step {step} but its last save failed: {self.unsaved}")
         if self.stop and step < self.steps:
-            out_dir = shlex.quote(str(self.dir))
-            print(
-                f"stopped at step {step} and saved; continue with: "
-                f"python {sys.argv[0]} --out_dir={out_dir} --resume=True"
-            )
+            command = f"python {sys.argv[0]} --out_dir={shlex.quote(str(self.dir))} --resume=True"
+            print(f"stopped at step {step} and saved; continue with: {command}")
             sys.exit(128 + self.stop)
         print(f"\n| {self.script.stem} on {self.config['dataset']} | |\n|---|---|")
-        result = {**self.rows[-1], "minutes of training": self.seconds / 60, "seed": self.config["seed"]}
+        result = {**self.rows[-1]} if self.rows else {}  # log.jsonl may be lost
+        result.update({"minutes of training": self.seconds / 60, "seed": self.config["seed"]})
         for name, value in result.items():
             print(f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |")
         print(f"| device | {self.device_name} |\n")
         print(f"in {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")
-
-
-def name_in(state, backbone):
-    """The backbone's name in the checkpoint, such as teacher.backbone. Raises UserError if it has none."""
-    for name, value in state.items():
-        for inner, module in value.named_modules() if isinstance(value, torch.nn.Module) else ():
-            if module is backbone:
-                return f"{name}.{inner}".rstrip(".")
-    raise UserError("the backbone to evaluate is in none of the modules that the run's checkpoint holds")

@@ -1,12 +1,14 @@
 """Weights as people have them: exports, official DINO and DINOv2 files, timm's, however they are wrapped."""
 
+import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
 
 from twins.errors import UserError, first_line
-from twins.files import load_pickle, read_json, sha256
+from twins.files import load_pickle, read_json, sha256, write_file
 
 CLASSIFIERS = ("head", "head_dist", "fc", "fc_norm", "mask_token")  # no part of the features
 
@@ -58,6 +60,17 @@ def read_tensors(path):
         except Exception as error:  # safetensors raises its own kind
             raise UserError(f"{file} is damaged ({first_line(error)})") from None
     return flatten(load_pickle(file)), known
+
+
+def write_export(folder, backbone, about):
+    """A backbone as safetensors under timm's names; config.json with `about`, checksum, timm's arguments."""
+    state = backbone.state_dict()
+    content = to_safetensors({name: value.detach().cpu().contiguous() for name, value in state.items()})
+    if hasattr(backbone, "timm_args"):
+        about["model_args"] = backbone.timm_args()
+    about["sha256"] = sha256(content)
+    write_file(folder / "model.safetensors", content)
+    write_file(folder / "config.json", json.dumps(about, indent=1))
 
 
 def flatten(content, prefix=""):
@@ -121,7 +134,7 @@ def build(vit, state, args, path):
     """vit(**args) with these weights. Raises UserError naming the tensors that do not fit."""
     try:
         backbone = vit(**args)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: {first_line(error)}") from None
     expected = backbone.state_dict()
     unknown = [name for name in state if name not in expected or state[name].shape != expected[name].shape]

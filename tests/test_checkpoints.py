@@ -1,0 +1,395 @@
+"""A run's files when disks are full, bits flip, files are lost, and a resume fails: said in one sentence, nothing lost."""
+
+import errno
+import json
+import shutil
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load
+
+import data
+from conftest import ROOT, launch, tiny
+from twins import decoding, files, keys, run, weights
+from twins.backbones import load_backbone, trained_on
+from twins.errors import UserError, close_bars
+from twins.files import load_checkpoint, read_checkpoint, read_log
+from vit import ViT
+
+CONFIG = dict(resume=False, logger="", batch_size=2, log_every=1, eval_every=1, dataset="shapes", data_dir="data", seed=0, base_lr=0.1)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """small(resume=True, ...) is the Run of a linear layer, in milliseconds."""
+    monkeypatch.setattr(run, "git_state", dict)
+    monkeypatch.setattr(run, "curves_picture", lambda rows: b"")
+
+    def start(text="one", steps=9, **config):
+        torch.manual_seed(0)
+        network = torch.nn.Linear(3, 1)
+        state = {"network": network, "center": torch.zeros(2), "data": text}
+        state["optimizer"] = torch.optim.AdamW(network.parameters())
+        config = {**CONFIG, "out_dir": str(tmp_path / "run"), **config}
+        return run.Run(ROOT / "dino.py", config, steps, state, network, torch.device("cpu"))
+
+    yield start
+    run.Run.held.close()
+    close_bars()
+
+
+def steps(r, *numbers, scale=1.0):
+    """Trains and saves."""
+    for step in numbers:
+        r.check(step, 0.5, loss=torch.ones(()))
+        r.state["optimizer"].zero_grad()
+        (scale * r.backbone(torch.ones(1, 3)).sum()).backward()
+        r.state["optimizer"].step()
+        r.update()
+        r.log(step + 1, r.row(step + 1, loss=torch.ones(())))
+        r.save(step + 1)
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """full_disk(*names): no byte is written to files of these names; none: the disk has room again."""
+
+    def fill(*names):
+        def full(path, mode="r", **options):
+            file = open(path, mode, **options)  # noqa: SIM115
+            if "r" not in mode and any(str(path).removesuffix(".part").endswith(name) for name in names):
+                file.write(b"half a row" if "b" in mode else "half a row")
+                file.close()
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return file
+
+        monkeypatch.setattr(files, "open", full, raising=False)
+        monkeypatch.setattr(run, "open", full, raising=False)
+
+    return fill
+
+
+@pytest.mark.parametrize("name", ["curves.png", "crops.png", "log.jsonl"])
+def test_a_full_disk_for_what_a_run_can_do_without_is_said_once(small, full_disk, capsys, tmp_path, name):
+    full_disk(name)
+    r = small()
+    r.draw_crops(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), [torch.zeros(1, 3, 4, 4)])
+    steps(r, 0, 1, 2)
+    r.finish()
+    said = "".join(capsys.readouterr())
+    assert said.count(f"warning: {name} fails, training goes on") == 1 and "No space left on device" in said
+    assert read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 3
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_rows_that_a_full_disk_did_not_take_are_written_when_it_has_room(small, full_disk, tmp_path):
+    r = small()
+    steps(r, 0)
+    full_disk("log.jsonl")
+    steps(r, 1, 2)
+    assert "half a row" in (tmp_path / "run" / "log.jsonl").read_text()
+    full_disk()
+    steps(r, 3)
+    assert [row["step"] for row in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_failed_save_is_said_at_every_save_and_ends_the_run_in_one_sentence(small, full_disk, capsys, tmp_path):
+    r = small()
+    steps(r, 0)
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    full_disk("ckpt.pt")
+    steps(r, 1, 2)
+    with pytest.raises(UserError, match=r"ended at step 3 but its last save failed: .*No space left on device"):
+        r.finish()
+    assert "".join(capsys.readouterr()).count("ckpt.pt cannot be written") == 2
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before and not list(tmp_path.rglob("*.part"))
+
+
+def test_the_checkpoint_is_written_first(small, monkeypatch):
+    names, write = [], files.write_file
+    for module in (run, weights):
+        monkeypatch.setattr(module, "write_file", lambda path, *args: (names.append(path.name), write(path, *args)))
+    r = small()
+    names.clear()
+    r.save(0)
+    assert names[0] == "ckpt.pt" and names[-1] == "curves.png"
+
+
+# what a real run leaves, damaged
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    done = launch([str(ROOT / "hybrid_a.py"), *tiny("hybrid_a.py", depth=1, save_every=1, out_dir=out)], out.parent)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+@pytest.fixture
+def configure(functions):
+    """configure(folder, ...) is the options of the run that is resumed there."""
+    return lambda folder, *words: keys.configure(dict(functions["hybrid_a.py"]), [f"--out_dir={folder}", "--resume=True", *words])
+
+
+def edit(file, change):
+    """Changes a JSON file's or a checkpoint's dict."""
+    if file.suffix == ".pt":
+        saved = torch.load(file, weights_only=True)
+        change(saved)
+        torch.save(saved, file)
+        return
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_the_checkpoint_decides_where_config_json_differs(configure, folder, capsys):
+    file, expected = folder / "config.json", configure(folder)
+    assert "config.json" not in capsys.readouterr().out
+    whole = file.read_text()
+    file.write_text(whole.replace('"alpha"', '"alphb"'))
+    assert configure(folder) == expected
+    assert f"config.json says nothing of --alpha, ckpt.pt {expected['alpha']}: ckpt.pt decides" in capsys.readouterr().out
+    file.write_text(whole.replace('"depth": 1', '"depth": 3'))
+    assert configure(folder) == expected and "config.json says --depth=3, ckpt.pt 1: ckpt.pt decides" in capsys.readouterr().out
+    for broken in (whole.replace("{", "[", 1), "[" * 100_000, "[1]", ""):
+        file.write_text(broken)
+        assert configure(folder) == expected and "config.json cannot be read" in capsys.readouterr().out
+    file.unlink()
+    assert configure(folder) == expected and "config.json cannot be read" in capsys.readouterr().out
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(configure, folder):
+    (folder / "ckpt.pt").unlink()
+    assert configure(folder)["depth"] == 1  # killed between two renames
+    (folder / "ckpt-previous.pt").unlink()
+    with pytest.raises(UserError, match=r"ckpt.pt does not exist"):
+        configure(folder)
+    shutil.rmtree(folder / "export")
+    with pytest.raises(UserError, match=r"holds no run to resume"):
+        configure(folder)
+
+
+def test_a_lost_log_ends_with_a_table(train, folder, capsys):
+    """And a finished run that is resumed writes nothing."""
+    (folder / "log.jsonl").unlink()
+    before = content(folder)
+    train("hybrid_a.py", out_dir=folder, resume=True, depth=1)
+    assert "| minutes of training |" in capsys.readouterr().out and content(folder) == before
+
+
+def test_a_resume_that_diverges_changes_nothing(train, folder):
+    before = content(folder)
+    with pytest.raises(UserError, match=r"is not finite at step 3, learning rate 3.12e\+33, ckpt.pt is sound"):
+        train("hybrid_a.py", out_dir=folder, resume=True, depth=1, max_steps=6, base_lr=1e35, warmup_epochs=0.0)
+    assert content(folder) == before
+
+
+def test_a_logger_that_is_not_installed_changes_nothing(small, monkeypatch, tmp_path):
+    r = small()
+    steps(r, 0)
+    r.finish()
+    before = content(tmp_path)
+    monkeypatch.setitem(run.start_logger.__globals__, "importlib", types.SimpleNamespace(import_module=__import__))
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    for _ in range(2):  # the second finds the lock free
+        with pytest.raises(UserError, match=r"--logger=wandb needs a package"):
+            small(resume=True, logger="wandb")
+    assert content(tmp_path) == before
+
+
+def test_a_new_run_that_fails_leaves_no_run(train, tmp_path, functions):
+    with pytest.raises(UserError, match=r"is not finite at step 0, .*nothing was saved yet"):
+        train("hybrid_a.py", out_dir=tmp_path / "new", depth=1, base_lr=1e35, warmup_epochs=0.0)
+    keys.configure(dict(functions["hybrid_a.py"]), [f"--out_dir={tmp_path / 'new'}"])
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_does_not_replace_it(small, capsys, tmp_path, full_disk):
+    r = small()
+    steps(r, 0, 1)
+    r.finish()
+    newest, previous = (tmp_path / "run" / name for name in ("ckpt.pt", "ckpt-previous.pt"))
+    damaged = bytearray(newest.read_bytes())
+    damaged[damaged.find(r.backbone.weight.detach().numpy().tobytes()) + 1] ^= 4
+    newest.write_bytes(damaged)
+    r = small(resume=True)
+    said = capsys.readouterr().out
+    assert r.start == 1 and "ckpt.pt is damaged (bad checksum" in said and "using the checkpoint before it" in said
+    sound = previous.read_bytes()
+    full_disk("ckpt.pt")
+    steps(r, 1)
+    assert previous.read_bytes() == sound
+    full_disk()
+    steps(r, 2)
+    assert previous.read_bytes() == sound and read_checkpoint(newest)["step"] == 3
+    steps(r, 3)
+    assert read_checkpoint(previous)["step"] == 3
+
+
+def test_a_flipped_bit_of_an_export_is_noticed(folder):
+    file = folder / "export" / "model.safetensors"
+    flipped = bytearray(file.read_bytes())
+    flipped[-7] ^= 1
+    file.write_bytes(flipped)
+    assert load(bytes(flipped))  # to safetensors it is sound
+    with pytest.raises(UserError, match=r"model.safetensors is damaged: its checksum"):
+        weights.read_weights(folder / "export")
+
+
+def test_a_flipped_bit_of_the_folders_cache_is_noticed(tmp_path, capfd):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for i in range(3):
+        noise = np.random.default_rng(i).integers(0, 255, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "train" / "a" / f"{i}.png")
+    first = data.load("folder", tmp_path, 8).images.clone()
+    cache = next((tmp_path / ".cache").glob("*.npy"))
+    flipped = bytearray(cache.read_bytes())
+    flipped[-5] ^= 8
+    capfd.readouterr()
+    assert torch.equal(data.load("folder", tmp_path, 8).images, first) and capfd.readouterr().out == ""
+    cache.write_bytes(flipped)
+    assert torch.equal(data.load("folder", tmp_path, 8).images, first)
+    assert f"{cache} is damaged: decoding again" in capfd.readouterr().out
+
+
+def test_a_large_cache_is_not_read_whole(monkeypatch):
+    monkeypatch.setattr(decoding, "CHECKED", 10)
+    assert decoding.checksum(np.ones(10, np.uint8)) != decoding.checksum(np.ones(11, np.uint8)) == bytes(4)
+
+
+def test_other_data_are_said(small, capsys):
+    r = small()
+    steps(r, 0)
+    r.finish()
+    small(resume=True)
+    assert "changed" not in capsys.readouterr().out
+    small(resume=True, text="two")
+    assert "warning: the data changed since this run began" in capsys.readouterr().out
+
+
+def test_more_steps_are_a_jump_of_the_learning_rate(configure, folder, capsys):
+    configure(folder, "--max_steps=3")
+    assert "jumps" not in capsys.readouterr().out
+    assert configure(folder, "--max_steps=30")["max_steps"] == 30
+    said = capsys.readouterr().out
+    assert "the learning rate jumps; for one schedule from start to end give the new number to a new run in another --out_dir" in said
+
+
+# values with the wrong type
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("centering", "False", None),
+        ("max_steps", "7", None),
+        ("centering", 0, "--centering=0: it must be True or False"),
+        ("centering", "no", "--centering=no: it must be True or False"),
+        ("max_steps", [3], r"--max_steps=\[3\]: it must be a whole number"),
+        ("depth", 10**400, "--depth=10000.*: it must be from 1 to 1000000000"),
+        ("base_lr", 10**400, "--base_lr=1000.*: it must be a number"),
+        ("base_lr", float("nan"), "--base_lr=nan: it must be from 0"),
+        ("global_scale", [[0.1], 1], "global_scale.*: it must be numbers like"),
+        ("global_scale", [0.4, True], "global_scale.*: it must be numbers like"),
+        ("head", {"a": 1}, "--head=.*: it must be a text"),
+        ("head", "three", "--head=three is unknown"),
+    ],
+)
+def test_options_of_a_checkpoint_are_those_of_a_command_line(configure, folder, name, value, words):
+    (folder / "ckpt-previous.pt").unlink()
+    edit(folder / "ckpt.pt", lambda saved: saved["config"].update({name: value}))
+    if words is None:
+        expected = {"False": False, "7": 7}[value]
+        assert configure(folder)[name] is expected or configure(folder)[name] == expected
+        return
+    with pytest.raises(UserError, match=words):
+        configure(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": "7"}, {"step": -1}, {"step": True}, {"seconds": "long"}, {"config": [1]}, {"backbone": 3}, {"script": ["dino"]}],
+)
+def test_a_checkpoint_of_other_types_is_none(folder, changes):
+    (folder / "ckpt-previous.pt").unlink()
+    edit(folder / "ckpt.pt", lambda saved: saved.update(changes))
+    with pytest.raises(UserError, match=r"is not a checkpoint of a training script"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name, value", [("network", 3), ("network", [1]), ("optimizer", {"state": 1}), ("optimizer", "x"), ("center", "x")])
+def test_a_state_that_does_not_fit_is_one_sentence(small, tmp_path, name, value):
+    r = small()
+    r.save(1)
+    r.finish()
+    edit(tmp_path / "run" / "ckpt.pt", lambda saved: saved.update({name: value}))
+    with pytest.raises(UserError, match=r"ckpt.pt does not fit"):
+        small(resume=True)
+
+
+@pytest.mark.parametrize("args", [{"depth": 10**6}, {"depth": "3"}, {"heads": 0}, {"dim": -4}, {"dim": [8]}, {"dim": 10**9, "heads": 1}])
+def test_a_backbone_that_cannot_be_built_is_one_sentence(folder, args):
+    (folder / "ckpt-previous.pt").unlink()
+    edit(folder / "ckpt.pt", lambda saved: saved["backbone"]["args"].update(args))
+    with pytest.raises(UserError):
+        load_backbone({"ckpt": str(folder), "weights": ""}, "cpu", ViT)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_args": [1]}, {"model_args": {"num_heads": "2"}}, {"model_args": {"num_heads": -2}}, {"dataset": ["shapes"]}, {"data_dir": 7}],
+)
+def test_an_export_of_other_types_is_one_sentence_or_none(folder, changes):
+    edit(folder / "export" / "config.json", lambda content: content.update(changes))
+    config = {"ckpt": str(folder / "export"), "weights": "", "heads": 2, "dataset": "", "data_dir": ""}
+    if ("num_heads" in str(changes) and "-2" not in str(changes)) or changes == {"model_args": [1]}:
+        load_backbone(config, "cpu", ViT)  # --heads decides
+        return
+    with pytest.raises(UserError):
+        trained_on(config, load_backbone(config, "cpu", ViT)[1])
+
+
+def test_deeply_nested_json_is_one_sentence(folder):
+    deep = "[" * 100_000
+    (folder / "export" / "config.json").write_text(deep)
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
+        weights.read_weights(folder / "export")
+    (folder / "log.jsonl").write_text(f'{deep}\n{{"step": 1}}\n')
+    with pytest.raises(UserError, match=r"line 1 of .*log.jsonl is broken: mend or remove it"):
+        read_log(folder / "log.jsonl")
+
+
+@pytest.mark.parametrize("line", ["7", "[1]", "null", '{"loss": 1}', '{"step": "7"}', '{"step": [1]}', '{"step": tr'])
+def test_a_row_of_another_type_is_one_sentence_but_for_the_last(tmp_path, line):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n' + line)
+    assert read_log(log) == [{"step": 1}]
+    log.write_text(line + '\n{"step": 1}\n')
+    with pytest.raises(UserError, match=r"line 1 of .* is broken"):
+        read_log(log)
+
+
+def test_values_of_a_log_may_be_anything(small, tmp_path, capsys):
+    r = small()
+    steps(r, 0)
+    r.finish()
+    row = {"step": 1, "rank": "nine", "loss": [1], "knn": None, "teacher_entropy": {}}
+    (tmp_path / "run" / "log.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+    r = small(resume=True, steps=3)
+    r.log(1, {"rank": torch.ones(())})
+    steps(r, 1, 2)
+    r.finish()
+    assert "".join(capsys.readouterr()).count("warning: ") == 1

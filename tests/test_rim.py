@@ -1,0 +1,298 @@
+"""A run in an unfriendly place: odd environments, closed terminals, ignored signals, too little memory, slips of the keyboard."""
+
+import contextlib
+import faulthandler
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, tiny
+from twins import keys, monitor, pictures, processes, run
+from twins.errors import UserError, close_bars
+from twins.files import read_log
+
+ENVIRONMENT = {  # a notebook's server, an ascii terminal, a cluster's job
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "PYTHONIOENCODING": "ascii",
+    **{"WORLD_SIZE": "1", "RANK": "", "LOCAL_RANK": ""},
+    **{"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_NUM_NODES": "2"},
+}
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A run's exit code and folder: started with SIGHUP and SIGINT ignored, both sent to it, standard output full, error closed."""
+    out = tmp_path_factory.mktemp("hostile") / "run"
+    words = [sys.executable, str(ROOT / "dino.py"), *tiny("dino.py", depth=1, max_steps=60, eval_every=60, out_dir=out)]
+    command = f"trap '' HUP INT; exec {shlex.join(words)} >/dev/full 2>&-"
+    process = subprocess.Popen(["sh", "-c", command], env=os.environ | ENVIRONMENT)
+    while process.poll() is None and not ((out / "log.jsonl").exists() and '"step": 2' in (out / "log.jsonl").read_text()):
+        time.sleep(0.02)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        process.send_signal(number)
+    return process.wait(120), out
+
+
+def test_a_notebooks_backend_and_a_clusters_variables_do_not_matter(hostile):
+    code, out = hostile
+    assert code == 0 and Image.open(out / "curves.png").width > 600 and Image.open(out / "crops.png").width > 300
+
+
+def test_full_and_closed_output_and_ignored_signals_do_not_end_a_run(hostile):
+    code, out = hostile
+    assert code == 0 and read_log(out / "log.jsonl")[-1]["step"] == 60 and (out / "ckpt.pt").exists()
+
+
+def test_a_backend_that_is_not_installed_is_not_imported(monkeypatch):
+    """The evaluation scripts' pictures come from the same function."""
+    monkeypatch.setenv("MPLBACKEND", ENVIRONMENT["MPLBACKEND"])
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    pictures.load_matplotlib.cache_clear()
+    assert pictures.new_figure(1, 1) and os.environ["MPLBACKEND"] == ENVIRONMENT["MPLBACKEND"]
+    pictures.load_matplotlib.cache_clear()
+
+
+def test_printing_to_ascii_closed_and_full_streams_goes_on():
+    ascii = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    print("naïve", file=processes.Stream(ascii), flush=True)
+    assert ascii.buffer.getvalue() == b"na?ve\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full" if os.path.exists("/dev/full") else os.devnull, os.O_WRONLY)
+    streams = [os.fdopen(number, "w") for number in (os.dup(writer), writer, full)]
+    streams[0].close()
+    for stream in [*streams, None]:
+        print("lost" * 10_000, file=processes.Stream(stream), flush=True)
+    for stream in streams:
+        with contextlib.suppress(OSError):  # here it would be told
+            stream.close()
+
+
+def test_a_bus_error_is_not_silent(monkeypatch):
+    """A mapped file that is cut off under a running training ends the process: faulthandler says where."""
+    for name in ("stdout", "stderr", "excepthook"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    faulthandler.disable()
+    processes.protect_output()
+    assert faulthandler.is_enabled()
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "1"}, {"RANK": ""}, {"TORCHELASTIC_RUN_ID": "none", "RANK": ""}, {"SLURM_PROCID": "3"}])
+def test_only_torchrun_is_torchrun(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert not processes.under_torchrun()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "0")
+    assert processes.under_torchrun()
+
+
+# handlers, locks, divergence
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """network(...) starts the Run of a small network, and is given back all that a run takes."""
+    monkeypatch.setattr(run, "git_state", dict)
+    monkeypatch.setattr(run, "curves_picture", lambda rows: b"")
+    config = dict(resume=False, logger="", batch_size=2, log_every=1, eval_every=1, dataset="shapes", data_dir="data", seed=0)
+
+    def start(device="cpu", **changes):
+        layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+        settings = {**config, "out_dir": str(tmp_path / "run"), **changes}
+        return run.Run(ROOT / "dino.py", settings, 9, {"student": layers}, layers, torch.device(device))
+
+    yield start
+    run.Run.held.close()
+    close_bars()
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def fail(r, how):
+    weight = r.backbone[1].weight
+    if how == "loss":
+        r.check(4, 0.25, ce=torch.ones(()), cc=torch.tensor(float("nan")), loss=torch.tensor(float("nan")))
+    r.check(4, 0.25, loss=torch.ones(()))
+    r.bar.n = 4
+    weight.grad = torch.ones_like(weight)
+    if how == "gradient":
+        weight.grad[0, 1] = float("inf")
+    if how == "weight":
+        weight.data[0, 1] = float("nan")
+    r.update()
+    weight.grad = None
+    r.backbone[0].bias.data[1] = float("inf")
+    r.save(5)
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("loss", "cc is nan at step 4, learning rate 0.25, nothing was saved yet: try a lower --base_lr"),
+        ("gradient", "the norm of the gradient of student.1.weight is not finite at step 4, learning rate 0.25"),
+        ("weight", "the norm of student.1.weight is not finite at step 4, learning rate 0.25"),
+        ("neither", "the student is not finite at step 5, learning rate 0.25"),
+    ],
+)
+def test_a_divergence_names_step_rate_and_part_and_gives_back_what_the_run_took(network, tmp_path, how, words):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    r = network()
+    assert all(signal.getsignal(number) == r.on_signal for number in SIGNALS)
+    with pytest.raises(UserError, match=re.escape(words)):
+        fail(r, how)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert not (tmp_path / "run" / "ckpt.pt").exists()
+    again = network()  # the lock is free
+    again.save(1)
+    again.finish()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_the_next_run_takes_over_from_one_whose_script_failed(network):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    network()  # and then an error in the loop
+    network().finish()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_ignored_signals_stay_ignored(network):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        r = network()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == r.on_signal
+        r.finish()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_numbers_that_are_not_finite_are_not_logged(network, tmp_path):
+    r = network()
+    r.log(1, {"rank": torch.tensor(float("nan")), "kl": float("inf"), "knn": 0.5})
+    assert read_log(tmp_path / "run" / "log.jsonl") == [{"step": 1, "knn": 0.5, "knn_init": 0.5}]
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+def test_features_that_are_zero_have_rank_one_and_others_that_are_not_finite_are_refused(monkeypatch):
+    off = torch.autocast("cpu", enabled=False)
+    images = torch.zeros(30, 3, 4, 4, dtype=torch.uint8)
+    split = monitor.__dict__.get("Split", type("Split", (), {"images": images, "labels": torch.arange(30) % 2}))
+    bank, queries = torch.arange(20), torch.arange(20, 30)
+    for value, refused in ((0.0, False), (1e30, False), (float("nan"), True), (float("inf"), True)):
+        monkeypatch.setattr(monitor, "features", lambda *args, value=value: torch.full((len(args[2]), 8), value))
+        if refused:
+            with pytest.raises(UserError, match="the features are not finite"):
+                monitor.evaluate(None, split, bank, queries, torch.device("cpu"), off)
+        else:
+            row = monitor.evaluate(None, split, bank, queries, torch.device("cpu"), off)
+            assert all(value.isfinite() for value in row.values()) and abs(row["rank"] - 1) < 1e-3
+
+
+def test_a_network_of_width_one_logs_no_nan(train, tmp_path):
+    train("dino.py", out_dir=tmp_path / "run", dim=1, heads=1, depth=1)
+    text = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text and json.loads(text.splitlines()[-1])["step"] == 3
+
+
+# too much
+
+
+@pytest.fixture
+def little_memory():
+    """A GiB more than there is in use."""
+    resource = pytest.importorskip("resource")
+    limits, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("key", ["dim=20000", "dim=100000000", "image_size=400000", "hidden_dim=1000000000"])
+def test_too_little_memory_is_one_sentence(train, little_memory, key, capsys):
+    name, value = key.split("=")
+    with pytest.raises((RuntimeError, MemoryError)) as error:
+        train("dino.py", **{"heads": 1, name: int(value)})
+    processes.excepthook(error.type, error.value, error.tb)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and said.endswith("a smaller --batch_size needs less memory")
+
+
+def test_memory_errors_of_python_and_numpy_are_known():
+    assert processes.memory_is_full(MemoryError()) and not processes.memory_is_full(RuntimeError("shapes differ"))
+    with pytest.raises(MemoryError) as error:
+        __import__("numpy").zeros(10**14)
+    assert processes.memory_is_full(error.value)
+
+
+@pytest.mark.parametrize("device", ["meta", "hpu", "mps:9", "", "opencl", "no device"])
+def test_a_device_that_holds_no_numbers_is_refused(device):
+    with pytest.raises(UserError, match=f"--device={device} does not work here .*: try --device=cpu"):
+        processes.setup(device, "float32", 0)
+
+
+@pytest.fixture
+def configure(functions, tmp_path):
+    return lambda *words: keys.configure(dict(functions["hybrid_a.py"]), [f"--out_dir={tmp_path / 'run'}", *words])
+
+
+def test_seeds_end_at_two_to_the_64(configure):
+    assert configure(f"--seed={2**64 - 1}")["seed"] == 2**64 - 1
+    with pytest.raises(UserError, match=f"--seed={2**64}: it must be from 0 to {2**64 - 1}$"):
+        configure(f"--seed={2**64}")
+    torch.manual_seed(2**64 - 1)
+    processes.seed_step(2**64 - 1, 0)
+
+
+@pytest.mark.parametrize("word", ["--knn_bank=1", "--dim=0", f"--max_steps={10**400}", f"--dim={10**12}", "--wd=1e400", f"--epochs={'9' * 5000}"])
+def test_numbers_beyond_the_limits_are_refused(configure, word):
+    with pytest.raises(UserError, match=r"it must be (from|a whole number)"):
+        configure(word)
+
+
+def test_a_million_blocks_are_refused_at_once(train):
+    with pytest.raises(ValueError, match="depth=1000000 must be from 1 to 1000"):
+        train("dino.py", depth=10**6)
+
+
+# what is said
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--lr=1e-3"], "error: unknown option --lr=1e-3: did you mean --base_lr?"),
+        (["--batchsize=8"], "error: unknown option --batchsize=8: did you mean --batch_size?"),
+        (["--depth"], "error: argument --depth: expected one argument"),
+        (["shapes"], "error: unknown option shapes: --help lists the options"),
+        (["--=3"], "error: unknown option --=3: --help lists the options"),
+    ],
+)
+def test_a_usage_error_is_the_line_that_matters(configure, capsys, words, sentence):
+    with pytest.raises(SystemExit) as end:
+        configure(*words)
+    assert end.value.code == 2 and capsys.readouterr().err == sentence + "\n"
+
+
+def test_help_states_limits_once_and_whole(configure, capsys):
+    with pytest.raises(SystemExit) as end:
+        configure("--help")
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "from 0 from 0" not in said and "e+" not in said
+    assert "of learning-rate warm-up from 0 (from 0)\n" in said and f"views (from 0 to {2**64 - 1})\n" in said
+    assert "momentum of that running mean" in said or "of that running mean (from 0 to 1)\n" in said
+
