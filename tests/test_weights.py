@@ -23,14 +23,18 @@ from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 FLOAT32 = torch.autocast("cpu", enabled=False)
 
 
-def timm_vit(size=32, patch=8, dim=128, depth=2, heads=2, **options):
-    """timm's ViT with its classifier, all weights drawn so large that none is without effect."""
+def drawn(model, std):
+    """The model with all weights drawn, so large that none is without effect."""
     torch.manual_seed(0)
-    options = {"num_classes": 10, **options}
-    model = VisionTransformer(size, patch, embed_dim=dim, depth=depth, num_heads=heads, **options).eval()
     for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, mean=float("norm" in name and "weight" in name), std=0.1)
-    return model
+        torch.nn.init.normal_(p, mean=float("norm" in name and "weight" in name), std=std)
+    return model.eval()
+
+
+def timm_vit(size=32, patch=8, dim=128, depth=2, heads=2, **options):
+    """timm's ViT with its classifier."""
+    options = {"num_classes": 10, "weight_init": "skip", **options}
+    return drawn(VisionTransformer(size, patch, embed_dim=dim, depth=depth, num_heads=heads, **options), 0.1)
 
 
 def features(model, x):
@@ -187,7 +191,7 @@ def test_no_code_of_a_file_is_run(model, tmp_path):
 
 def test_an_official_vit_s16_gives_timms_features(tmp_path):
     """DINO's .pth at its own size; at another one timm gets our positions, DINO's, for its own are antialiased."""
-    model = timm.create_model("vit_small_patch16_224", pretrained=False).eval()
+    model = drawn(timm.create_model("vit_small_patch16_224", pretrained=False, weight_init="skip"), 0.03)
     state = prefixed("module.backbone.", model.state_dict())
     torch.save({"teacher": state, "args": argparse.Namespace(arch="vit_small")}, tmp_path / "dino.pth")
     backbone, about = loaded(tmp_path / "dino.pth")
@@ -195,10 +199,10 @@ def test_an_official_vit_s16_gives_timms_features(tmp_path):
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         assert torch.allclose(backbone(x), features(model, x), atol=1e-5)
-        small = timm.create_model("vit_small_patch16_224", pretrained=False, img_size=96).eval()
-        small.load_state_dict({**model.state_dict(), "pos_embed": backbone.positions(6, 6)})
+        model.set_input_size(img_size=(96, 96))
+        model.pos_embed.copy_(backbone.positions(6, 6))
         x = x[..., :96, :96]
-        assert torch.allclose(backbone(x), features(small, x), atol=1e-5)
+        assert torch.allclose(backbone(x), features(model, x), atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -62,10 +62,7 @@ def train(backbone, images, labels, lr, classes, epochs, seed, autocast):
     model = torch.nn.Sequential(copy.deepcopy(backbone), classifier).eval()  # without drop path
     optimizer = torch.optim.AdamW(parameter_groups(model.requires_grad_(), lr))
     steps, rng = epochs * math.ceil(len(images) / BATCH_SIZE), np.random.default_rng((seed, 4))
-
-    def factor(step):
-        return min((step + 1) / (WARMUP * steps + 1), (1 + math.cos(math.pi * step / steps)) / 2)
-
+    factor = lambda i: min((i + 1) / (WARMUP * steps + 1), (1 + math.cos(math.pi * i / steps)) / 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     with tqdm(total=steps, desc=f"fine-tuning, lr {lr:g}", unit=" steps", leave=False, delay=1) as bar:
         for _ in range(epochs):

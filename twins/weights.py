@@ -82,7 +82,7 @@ def read_weights(path, network="", heads=0):
         raise UserError(f"{path} does not exist")
     tensors, known = read_tensors(path)
     state, known["network"], dropped = choose_network(tensors, path, network)
-    dropped += sorted({name.split(".")[0] for name in state if name.split(".")[0] in CLASSIFIERS})
+    dropped += sorted({part for name in tensors for part in name.split(".") if part in CLASSIFIERS})
     if dropped:
         print(f"{path}: {known['network']} is used, without {', '.join(dropped)}")
     state = {name: value for name, value in state.items() if name.split(".")[0] not in CLASSIFIERS}
@@ -120,10 +120,7 @@ def read_tensors(path):
 
 
 def flatten(content, path, prefix=""):
-    """Nested dicts -> {dotted name: tensor} without WRAPPERS; what is no tensor is left out.
-
-    Raises UserError for two tensors of one name.
-    """
+    """Nested dicts -> {dotted name: tensor} without WRAPPERS. Raises UserError for two of one name."""
     tensors = {}
     for key, value in content.items():
         name = ".".join(part for part in f"{prefix}{key}".split(".") if part not in WRAPPERS)
@@ -138,7 +135,7 @@ def flatten(content, path, prefix=""):
 
 
 def choose_network(tensors, path, network):
-    """One ViT, found by its cls_token: its state dict, its name, and what the file holds beside it.
+    """One ViT, found by its cls_token: its state dict, its name, and the names of the others.
 
     Raises UserError if there is none, or none or several of this name.
     """
@@ -154,14 +151,8 @@ def choose_network(tensors, path, network):
     prefix = chosen[0]
     state = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     names = [part for part in prefix.split(".")[:-1] if part not in CONTAINERS]
-    others = set()
-    for name in tensors:
-        parts, n = name.split("."), 1
-        while n < len(parts) and prefix.startswith(".".join(parts[:n]) + "."):
-            n += 1
-        if not name.startswith(prefix):
-            others.add(".".join(parts[:n]))
-    return state, wanted or ".".join(names) or "its only network", sorted(others)
+    others = [other.rstrip(".") for other in prefixes if other != prefix]
+    return state, wanted or ".".join(names) or "its only network", others
 
 
 def fold_layer_scale(state):
