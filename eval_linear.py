@@ -131,8 +131,9 @@ if __name__ == "__main__":
     labels, test_labels = train.labels.to(device), test.labels.to(device)
     results = evaluate(features, labels, test_features, test_labels, len(train.classes), seed)
     if finetune:
-        split = train.images, labels, test.images, test_labels, len(train.classes)
-        results["finetune"] = fine_tune(backbone, *split, finetune_epochs, seed, autocast)
+        split = train.images, labels, test.images, test_labels
+        settings = results["linear"]["selected"]["strength"], len(train.classes), finetune_epochs
+        results["finetune"] = fine_tune(backbone, *split, seed, autocast, *settings)
 
     report = {**config, "dataset": dataset, "data_dir": str(data_dir), "image_size": image_size}
     report.update(training_images=len(labels), test_images=len(test_labels))

@@ -285,7 +285,7 @@ def test_held_out_images_select_and_the_test_set_is_looked_at_once(monkeypatch):
 
     monkeypatch.setattr(finetuning, "train", train)
     monkeypatch.setattr(finetuning, "predict", predict)
-    result = finetuning.finetune(None, images, labels, test_images, labels[:20], 2, 3, 0, FLOAT32)
+    result = finetuning.finetune(None, images, labels, test_images, labels[:20], 0, FLOAT32, 1e-2, 2, 3)
     assert result["selected"] == {"lr": 1e-3, "epoch": 2, "held_out": 1} and len(result["grid"]) == 9
     assert result["top1"] == 1 and result["interval95"][0] == pytest.approx(0.839, abs=1e-3)
     *selecting, (model, last) = tested
@@ -305,11 +305,11 @@ def test_the_backbone_learns_and_the_one_given_stays(monkeypatch):
     backbone = ViT(8, 4, 16, 2, 2, drop_path=0.9).requires_grad_(False)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     result, again = (
-        finetuning.finetune(backbone, images, labels, images[:100], labels[:100], 2, 3, 0, FLOAT32) for _ in range(2)
+        finetuning.finetune(backbone, images, labels, images[:100], labels[:100], 0, FLOAT32, 1e-2, 2, 3) for _ in range(2)
     )
     assert result["top1"] > 0.95 and result == again
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
-    *_, model = finetuning.train(backbone, images, labels, 1e-3, 2, 1, 0, FLOAT32)
+    *_, model = finetuning.train(backbone, images, labels, 1e-3, 0, FLOAT32, 1e-2, 2, 1)
     moved = [not torch.equal(value, before[name]) for name, value in model[0].state_dict().items()]
     assert all(moved) and not model.training
 

@@ -3,7 +3,8 @@
     learning rate of layer i = lr * 0.65^(depth + 1 - i)    0: patches, tokens, positions; 1 to depth: blocks;
                                                             depth + 1: last norm and classifier
 
-AdamW, warm-up, then a cosine to 0; random resized crop and flip; no drop path, whatever the backbone had.
+AdamW, warm-up, then a cosine to 0; random resized crop and flip; no drop path, whatever the backbone had. The
+classifier starts as the linear probe (2202.10054): from 0 it needs many epochs and disturbs the features.
 
 Letters in shapes:  b n images  s image side  c classes
 """
@@ -18,12 +19,11 @@ from tqdm import tqdm
 
 from data import Crop, draw, resized_crop
 from twins.datasets import from_bytes, normalise
-from twins.probes import balanced, hit_rate, measure
+from twins.probes import balanced, fit, hit_rate, measure, whitening
 from twins.processes import to_float32
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-BATCH_SIZE, WARMUP = 128, 0.1  # images a step; share of the steps
-SCALE = (0.35, 1.0)  # share of an image's area in a crop
+BATCH_SIZE, WARMUP, SCALE = 128, 0.1, (0.35, 1.0)  # images; share of the steps; of an image's area in a crop
 
 
 def parameter_groups(model, lr):
@@ -54,11 +54,15 @@ def predict(model, images, device, autocast):
     return to_float32(torch.cat(chunks))
 
 
-def train(backbone, images, labels, lr, classes, epochs, seed, autocast):
-    """Trains a copy of the backbone and a classifier; yields the model after each epoch."""
-    classifier = torch.nn.Linear(backbone.dim, classes, device=labels.device)
-    for p in classifier.parameters():
-        torch.nn.init.zeros_(p)
+def train(backbone, images, labels, lr, seed, autocast, strength, classes, epochs):
+    """Trains a copy of the backbone and a probe of this strength; yields the model after each epoch."""
+    x = predict(backbone, images, labels.device, autocast)
+    mean, matrix = whitening(x)
+    zero = x.new_zeros(x.shape[1], classes), x.new_zeros(classes)
+    weight, bias = fit((x - mean) @ matrix, labels, strength, zero)
+    weight = matrix @ weight
+    classifier = torch.nn.Linear(*weight.shape, device=labels.device)
+    classifier.load_state_dict({"weight": weight.T, "bias": bias - mean @ weight})
     model = torch.nn.Sequential(copy.deepcopy(backbone), classifier).eval()  # without drop path
     optimizer = torch.optim.AdamW(parameter_groups(model.requires_grad_(), lr))
     steps, rng = epochs * math.ceil(len(images) / BATCH_SIZE), np.random.default_rng((seed, 4))
@@ -78,21 +82,21 @@ def train(backbone, images, labels, lr, classes, epochs, seed, autocast):
             yield model
 
 
-def finetune(backbone, images, labels, test_images, test_labels, classes, epochs, seed, autocast):
+def finetune(backbone, images, labels, test_images, test_labels, seed, autocast, *settings):
     """A result as twins.probes has them: images uint8 [n 3 s s], labels int64 [n] on the device.
 
-    Held-out training images select learning rate and last epoch; a new copy is then trained on all of them,
-    and the test set is looked at once.
+    settings: strength of the linear probe, classes, epochs. Held-out training images select learning rate and
+    last epoch; a new copy is then trained on all of them, and the test set is looked at once.
     """
     held_out, rest = (rows.to(labels.device) for rows in balanced(labels.cpu(), 0.1, seed))
-    settings, grid = (classes, epochs, seed, autocast), []
+    grid = []
     for lr in LEARNING_RATES:
-        runs = train(backbone, images[rest.cpu()], labels[rest], lr, *settings)
+        runs = train(backbone, images[rest.cpu()], labels[rest], lr, seed, autocast, *settings)
         for epoch, model in enumerate(runs, 1):
             scores = predict(model, images[held_out.cpu()], labels.device, autocast)
             grid.append({"lr": lr, "epoch": epoch, "held_out": hit_rate(scores, labels[held_out])})
     selected = max(grid, key=lambda row: (row["held_out"], row["epoch"]))
-    runs = train(backbone, images, labels, selected["lr"], *settings)
+    runs = train(backbone, images, labels, selected["lr"], seed, autocast, *settings)
     for _ in range(selected["epoch"]):
         model = next(runs)
     scores = predict(model, test_images, labels.device, autocast)
