@@ -31,8 +31,8 @@ def parameter_groups(model, lr):
     depth, groups = len(model[0].blocks), []
     for name, p in model.named_parameters():
         network, part, *rest = name.split(".")
-        last = network == "1" or part == "norm"
-        layer = depth + 1 if last else int(rest[0]) + 1 if part == "blocks" else 0
+        last = depth + 1 if network == "1" or part == "norm" else 0
+        layer = int(rest[0]) + 1 if part == "blocks" else last
         decays = p.ndim > 1 and not part.endswith(("_token", "pos_embed"))
         groups.append({"params": [p], "lr": lr * 0.65 ** (depth + 1 - layer), "weight_decay": 0.05 * decays})
     return groups
@@ -56,30 +56,29 @@ def predict(model, images, device, autocast):
 
 def train(backbone, images, labels, lr, seed, autocast, strength, classes, epochs):
     """Trains a copy of the backbone and a probe of this strength; yields the model after each epoch."""
+    backbone = copy.deepcopy(backbone).eval()  # without drop path
     x = predict(backbone, images, labels.device, autocast)
     mean, matrix = whitening(x)
     zero = x.new_zeros(x.shape[1], classes), x.new_zeros(classes)
     weight, bias = fit((x - mean) @ matrix, labels, strength, zero)
     weight = matrix @ weight
-    classifier = torch.nn.Linear(*weight.shape, device=labels.device)
-    classifier.load_state_dict({"weight": weight.T, "bias": bias - mean @ weight})
-    model = torch.nn.Sequential(copy.deepcopy(backbone), classifier).eval()  # without drop path
+    model = torch.nn.Sequential(backbone, torch.nn.Linear(*weight.shape, device=x.device))
+    model[1].load_state_dict({"weight": weight.T, "bias": bias - mean @ weight})
     optimizer = torch.optim.AdamW(parameter_groups(model.requires_grad_(), lr))
     steps, rng = epochs * math.ceil(len(images) / BATCH_SIZE), np.random.default_rng((seed, 4))
     factor = lambda i: min((i + 1) / (WARMUP * steps + 1), (1 + math.cos(math.pi * i / steps)) / 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    with tqdm(total=steps, desc=f"fine-tuning, lr {lr:g}", unit=" steps", leave=False, delay=1) as bar:
-        for _ in range(epochs):
-            for rows in torch.from_numpy(rng.permutation(len(images))).split(BATCH_SIZE):
-                x = augment(images[rows].to(labels.device), rng)
-                with autocast:
-                    scores = model(x)
-                optimizer.zero_grad()
-                F.cross_entropy(to_float32(scores), labels[rows.to(labels.device)]).backward()
-                optimizer.step()
-                schedule.step()
-                bar.update()
-            yield model
+    for epoch in range(1, epochs + 1):
+        batches = torch.from_numpy(rng.permutation(len(images))).split(BATCH_SIZE)
+        for rows in tqdm(batches, f"fine-tuning, lr {lr:g}, epoch {epoch}", leave=False, delay=1):
+            x = augment(images[rows].to(labels.device), rng)
+            with autocast:
+                scores = model(x)
+            optimizer.zero_grad()
+            F.cross_entropy(to_float32(scores), labels[rows.to(labels.device)]).backward()
+            optimizer.step()
+            schedule.step()
+        yield model
 
 
 def finetune(backbone, images, labels, test_images, test_labels, seed, autocast, *settings):

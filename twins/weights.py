@@ -13,8 +13,6 @@ from twins.files import load_checkpoint, load_pickle, read_checkpoint, read_json
 from twins.keys import parse
 
 CLASSIFIERS = ("head", "head_dist", "fc", "fc_norm", "mask_token")  # no part of the features
-WRAPPERS = ("module", "_orig_mod")  # names that DistributedDataParallel and torch.compile add
-CONTAINERS = ("state_dict", "model", "backbone")  # say nothing about which network it is
 
 
 def read_backbone(path, network, heads, vit):
@@ -120,10 +118,10 @@ def read_tensors(path):
 
 
 def flatten(content, path, prefix=""):
-    """Nested dicts -> {dotted name: tensor} without WRAPPERS. Raises UserError for two of one name."""
+    """Nested dicts -> {dotted name: tensor} without the names that DDP and torch.compile add."""
     tensors = {}
     for key, value in content.items():
-        name = ".".join(part for part in f"{prefix}{key}".split(".") if part not in WRAPPERS)
+        name = ".".join(part for part in f"{prefix}{key}".split(".") if part not in ("module", "_orig_mod"))
         if isinstance(value, dict):
             found = flatten(value, path, f"{name}." if name else "")
         else:
@@ -150,9 +148,9 @@ def choose_network(tensors, path, network):
         raise UserError(f"{path} holds the networks {names}: not exactly one of them is {wanted}")
     prefix = chosen[0]
     state = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-    names = [part for part in prefix.split(".")[:-1] if part not in CONTAINERS]
-    others = [other.rstrip(".") for other in prefixes if other != prefix]
-    return state, wanted or ".".join(names) or "its only network", others
+    names = [part for part in prefix.split(".")[:-1] if part not in ("state_dict", "model", "backbone")]
+    name = wanted or ".".join(names) or "its only network"
+    return state, name, [other.rstrip(".") for other in prefixes if other != prefix]
 
 
 def fold_layer_scale(state):
@@ -203,8 +201,7 @@ def build(vit, state, args, path):
         if name in state and state[name].shape != right.shape:
             problems.append(f"{name} is {list(state[name].shape)}, not {list(right.shape)}")
     if problems:
-        more = f", and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise UserError(f"{path} is not a ViT as vit.py has it: {', '.join(problems[:6])}{more}")
+        raise UserError(f"{path} is not a ViT as vit.py has it: {', '.join(problems)}")
     backbone.load_state_dict(state)
     return backbone
 
@@ -220,13 +217,12 @@ def start_from(script, vit):
     if args.get("registers"):
         raise UserError(f"--init={path} has register tokens (reg_token): the training scripts have none")
     backbone = build(vit, state, args, path)
-    names = ("patch_size", "dim", "depth", "heads")
-    for name in names:
+    for name in ("patch_size", "dim", "depth", "heads"):
         if given.get(name, args[name]) != args[name]:
             raise UserError(f"--{name}={given[name]}: --init={path} has {args[name]}, leave --{name} out")
         script[name] = script["config"][name] = args[name]
     script["check_size"](script["image_size"], args["patch_size"])
     side = script["image_size"] // args["patch_size"]
     state["pos_embed"] = backbone.positions(side, side).detach()
-    print(f"--init: {known['network']} of {path}, " + " ".join(f"--{name}={args[name]}" for name in names))
+    print(f"--init: {known['network']} of {path}, {args}")
     return state
