@@ -22,7 +22,7 @@ from twins.datasets import from_bytes, normalise
 from twins.probes import balanced, fit, hit_rate, measure, whitening
 from twins.processes import to_float32
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (3e-5, 3e-4, 3e-3)
 BATCH_SIZE, WARMUP, SCALE = 128, 0.1, (0.35, 1.0)  # images; share of the steps; of an image's area in a crop
 
 
