@@ -6,7 +6,7 @@ softmax regression on whitened features, minimised by L-BFGS until it has conver
 
 A tenth of the training images, the same share of each class, selects `strength` and k. The selected probe is
 then trained on all of them, and the test set is looked at once. Images are not augmented: features are
-computed once.
+computed once. `--finetune=True` adds `finetune`: the backbone is trained as well (twins/finetune.py).
 
     python eval_linear.py --ckpt=out/hybrid_a-shapes             a run, an export/ folder, official weights
     python eval_linear.py --ckpt=random --dataset=shapes         or random weights: the floor
@@ -25,6 +25,7 @@ from twins.backbones import configure_evaluation, load_backbone, output_folder, 
 from twins.datasets import from_bytes, load, normalise
 from twins.errors import UserError
 from twins.files import git_state, sha256, write_file
+from twins.finetune import finetune as fine_tune
 from twins.probes import balanced, evaluate
 from twins.processes import gather, rank, setup, shard
 from vit import ViT, check_size
@@ -40,6 +41,8 @@ patch_size = 4  # pixels, of --ckpt=random [1..]
 dim = 192  # width, of --ckpt=random [1..]
 depth = 12  # blocks, of --ckpt=random [1..]
 heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: width / 64) [0..]
+finetune = False  # train the backbone too, four times: one process, much slower than the probes
+finetune_epochs = 20  # passes over the training images, each time [1..]
 label_fraction = 1.0  # of the training labels, the same share of each class [0..1]
 seed = 0  # of the random weights and the split [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
@@ -127,6 +130,10 @@ if __name__ == "__main__":
         sys.exit()  # rank 0 alone trains the probes
     labels, test_labels = train.labels.to(device), test.labels.to(device)
     results = evaluate(features, labels, test_features, test_labels, len(train.classes), seed)
+    if finetune:
+        split = train.images, labels, test.images, test_labels
+        settings = results["linear"]["selected"]["strength"], len(train.classes), finetune_epochs
+        results["finetune"] = fine_tune(backbone, *split, seed, autocast, *settings)
 
     report = {**config, "dataset": dataset, "data_dir": str(data_dir), "image_size": image_size}
     report.update(training_images=len(labels), test_images=len(test_labels))

@@ -37,7 +37,7 @@ preset = ""  # named changes of the defaults, see PRESETS: small
 skip_bad_images = False  # of a folder: leave out files that cannot be read, up to 1 %
 memory_gib = 8.0  # images up to this size are held on the device, larger sets are read ahead from disk [0..]
 resume = False  # continue the run in out_dir
-init = ""  # weights to start from: a file or export folder, DINO's, DINOv2's or timm's
+init = ""  # weights to start from: a run, an export folder, a file of DINO's, DINOv2's or timm's
 seed = 0  # of weights, order and views [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "auto"  # of the networks; auto: bfloat16 where the hardware computes it [float32|bfloat16|float64]
@@ -209,7 +209,7 @@ def cosine(start, end, step, steps, warmup=0):
 if __name__ == "__main__":
     config = configure(globals())  # the config line: from here on every option has its final value
     device, autocast = setup(device, dtype, seed)
-    init_state = start_from(globals(), ViT) if init else None
+    init_state = start_from(globals(), ViT) if init and not resume else None
     for size in (image_size, local_size):
         check_size(size, patch_size)
     data = load(dataset, data_dir, image_size, skip_bad_images=skip_bad_images)
@@ -223,7 +223,7 @@ if __name__ == "__main__":
 
     # --- method
     student, teacher = Network(drop_path).to(device), Network(0.0).to(device)
-    if init:
+    if init_state:
         student.backbone.load_state_dict(init_state)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)

@@ -1,12 +1,10 @@
 """What the evaluation scripts share: their options, and the backbone that --ckpt names."""
 
-import importlib
 from pathlib import Path
 
-from twins.errors import ROOT, UserError
-from twins.files import load_checkpoint, read_checkpoint
+from twins.errors import UserError
 from twins.keys import convert, parse
-from twins.weights import build, read_weights
+from twins.weights import build, read_backbone
 
 ACCEPTED = "give a run's folder or ckpt.pt, an export folder, a file of weights, or random"
 
@@ -45,50 +43,9 @@ def load_backbone(config, device, vit):
         return vit(**args).to(device).eval(), {**about, "image_size": args["image_size"], "data_dir": "data"}
     if not path.exists():
         raise UserError(f"--ckpt={path} does not exist: {ACCEPTED}")
-    if is_run(path):
-        state, args, vit, known = read_run(path, config["weights"], vit)
-    else:
-        state, args, known = read_weights(path, config["weights"], config["heads"])
+    state, vit, args, known = read_backbone(path, config["weights"], config["heads"], vit)
     backbone = build(vit, state, args, path)
     return backbone.to(device).eval(), {**about, **known, "image_size": args["image_size"]}
-
-
-def is_run(path):
-    """True for a training script's folder or checkpoint, sound or not."""
-    if path.is_dir():
-        return (path / "ckpt.pt").exists() or (path / "ckpt-previous.pt").exists()
-    try:
-        read_checkpoint(path)
-    except UserError:
-        return path.name in ("ckpt.pt", "ckpt-previous.pt")
-    return True
-
-
-def read_run(path, network, vit):
-    """A run's backbone: its state dict, arguments and class, and {script, step, dataset ...} of it."""
-    if path.is_dir():
-        saved, path, problem = load_checkpoint(path)
-        if problem:
-            print(f"warning: {problem}; using the checkpoint before it")
-    else:
-        saved = read_checkpoint(path)
-    backbone = saved["backbone"]
-    evaluated, _, inner = backbone["name"].partition(".")
-    network = network or evaluated
-    cls_token = f"{inner}.cls_token".lstrip(".")
-    networks = [name for name, value in saved.items() if isinstance(value, dict) and cls_token in value]
-    if network not in networks:
-        raise UserError(f"--weights={network}: {path} holds {' and '.join(networks)}")
-    if backbone["args"] is None:
-        raise UserError(f"{path} does not say how to build its backbone: give it `args`, as vit.ViT has")
-    prefix = f"{inner}." if inner else ""
-    state = {name.removeprefix(prefix): x for name, x in saved[network].items() if name.startswith(prefix)}
-    known = {"script": saved["script"], "step": saved["step"], "network": network}
-    known.update({name: saved["config"].get(name, "") for name in ("dataset", "data_dir", "seed")})
-    module = saved["script"] if backbone["module"] == "__main__" else backbone["module"]
-    if (ROOT / f"{module}.py").exists():
-        vit = getattr(importlib.import_module(module), backbone["class"])
-    return state, backbone["args"], vit, known
 
 
 def name_in(modules, backbone):

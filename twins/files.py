@@ -5,13 +5,16 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import zipfile
-from pathlib import Path, PosixPath
+from pathlib import Path, PurePosixPath
 
 import torch
 
 from twins.errors import ROOT, UserError, first_line
+
+PATHS = [(PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]  # Python 3.13
 
 
 def write_file(path, content, previous=None):
@@ -82,11 +85,14 @@ def load_pickle(path, device="cpu"):
                 broken = archive.testzip()
             if broken:
                 raise UserError(f"{path} is damaged (bad checksum in {broken})")
-        with torch.serialization.safe_globals([argparse.Namespace, PosixPath]):  # DINO's arguments
+        with torch.serialization.safe_globals([argparse.Namespace, *PATHS]):  # DINO's arguments
             saved = torch.load(path, map_location=device, weights_only=True)
     except UserError:
         raise
     except Exception as error:  # torch and zipfile raise many kinds
+        code = re.search(r"GLOBAL (\S+) was not", str(error))
+        if code:
+            raise UserError(f"{path} is not loaded: it needs {code[1]}, and no file's code is run") from None
         raise UserError(f"{path} is not a complete checkpoint ({first_line(error)[:80]})") from None
     if not isinstance(saved, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(saved).__name__}")

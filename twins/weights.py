@@ -1,16 +1,73 @@
 """Weights as people have them: exports, official DINO and DINOv2 files, timm's, however they are wrapped."""
 
+import importlib
 import json
+import math
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 
-from twins.errors import UserError, first_line
-from twins.files import load_pickle, read_json, sha256, write_file
+from twins.errors import ROOT, UserError, first_line
+from twins.files import load_checkpoint, load_pickle, read_checkpoint, read_json, sha256, write_file
+from twins.keys import parse
 
 CLASSIFIERS = ("head", "head_dist", "fc", "fc_norm", "mask_token")  # no part of the features
+
+
+def read_backbone(path, network, heads, vit):
+    """A run, an export folder or a file -> (state dict, class, its arguments, what is known of it).
+
+    network, heads: as read_weights has them. vit: the class, unless a run names another one in a file beside
+    the scripts. Raises UserError for anything else, and for heads that contradict the file.
+    """
+    if is_run(path):
+        state, vit, args, known = read_run(path, network, vit)
+    else:
+        state, args, known = read_weights(path, network, heads)
+    if heads and args.get("heads", heads) != heads:
+        raise UserError(f"--heads={heads}: {path} says that it has {args['heads']}, leave --heads out")
+    return state, vit, args, known
+
+
+def is_run(path):
+    """True for a training script's folder or checkpoint, sound or not."""
+    if path.is_dir():
+        return (path / "ckpt.pt").exists() or (path / "ckpt-previous.pt").exists()
+    try:
+        read_checkpoint(path)
+    except UserError:
+        return path.name in ("ckpt.pt", "ckpt-previous.pt")
+    return True
+
+
+def read_run(path, network, vit):
+    """A run's backbone: its state dict, class and arguments, and {script, step, dataset ...} of it."""
+    if path.is_dir():
+        saved, path, problem = load_checkpoint(path)
+        if problem:
+            print(f"warning: {problem}; using the checkpoint before it")
+    else:
+        saved = read_checkpoint(path)
+    backbone = saved["backbone"]
+    evaluated, _, inner = backbone["name"].partition(".")
+    network = network or evaluated
+    cls_token = f"{inner}.cls_token".lstrip(".")
+    networks = [name for name, value in saved.items() if isinstance(value, dict) and cls_token in value]
+    if network not in networks:
+        raise UserError(f"--weights={network}: {path} holds {' and '.join(networks)}")
+    if backbone["args"] is None:
+        raise UserError(f"{path} does not say how to build its backbone: give it `args`, as vit.ViT has")
+    prefix = f"{inner}." if inner else ""
+    state = {name.removeprefix(prefix): x for name, x in saved[network].items() if name.startswith(prefix)}
+    known = {"script": saved["script"], "step": saved["step"], "network": network}
+    known.update({name: saved["config"].get(name, "") for name in ("dataset", "data_dir", "seed")})
+    module = saved["script"] if backbone["module"] == "__main__" else backbone["module"]
+    if (ROOT / f"{module}.py").exists():
+        vit = getattr(importlib.import_module(module), backbone["class"])
+    return state, vit, backbone["args"], known
 
 
 def read_weights(path, network="", heads=0):
@@ -24,16 +81,16 @@ def read_weights(path, network="", heads=0):
     if not path.exists():
         raise UserError(f"{path} does not exist")
     tensors, known = read_tensors(path)
-    state, known["network"] = choose_network(tensors, path, network)
-    dropped = sorted({name.split(".")[0] for name in state if name.split(".")[0] in CLASSIFIERS})
+    state, known["network"], dropped = choose_network(tensors, path, network)
+    dropped += sorted({part for name in tensors for part in name.split(".") if part in CLASSIFIERS})
     if dropped:
-        print(f"{path}: {', '.join(dropped)} left out, the backbone alone is used")
+        print(f"{path}: {known['network']} is used, without {', '.join(dropped)}")
     state = {name: value for name, value in state.items() if name.split(".")[0] not in CLASSIFIERS}
     fold_layer_scale(state)
     heads = known.pop("heads", 0) or heads
     if not heads:
         heads = max(state["cls_token"].shape[-1] // 64, 1)
-        print(f"{path} does not say its number of attention heads: guessed {heads}, width / 64")
+        print(f"{path} does not say its number of heads: guessed {heads}, width / 64; --heads sets it")
     return state, architecture(state, heads, path), known
 
 
@@ -59,7 +116,7 @@ def read_tensors(path):
             return from_safetensors(content), known
         except Exception as error:  # safetensors raises its own kind
             raise UserError(f"{file} is damaged ({first_line(error)})") from None
-    return flatten(load_pickle(file)), known
+    return flatten(load_pickle(file), file), known
 
 
 def write_export(folder, backbone, about):
@@ -73,32 +130,40 @@ def write_export(folder, backbone, about):
     write_file(folder / "config.json", json.dumps(about, indent=1))
 
 
-def flatten(content, prefix=""):
-    """Nested dicts -> {dotted name: tensor}; what is no tensor is left out."""
+def flatten(content, path, prefix=""):
+    """Nested dicts -> {dotted name: tensor} without the names that DDP and torch.compile add."""
     tensors = {}
-    for name, value in content.items():
+    for key, value in content.items():
+        name = ".".join(part for part in f"{prefix}{key}".split(".") if part not in ("module", "_orig_mod"))
         if isinstance(value, dict):
-            tensors.update(flatten(value, f"{prefix}{name}."))
-        elif isinstance(value, torch.Tensor):
-            tensors[f"{prefix}{name}"] = value
+            found = flatten(value, path, f"{name}." if name else "")
+        else:
+            found = {name: value} if isinstance(value, torch.Tensor) else {}
+        for twice in tensors.keys() & found.keys():
+            raise UserError(f"{path} holds two tensors {twice}: which one is meant is unclear")
+        tensors.update(found)
     return tensors
 
 
 def choose_network(tensors, path, network):
-    """The state dict of one ViT, found by its cls_token, and its name. Raises UserError if ambiguous."""
+    """One ViT, found by its cls_token: its state dict, its name, and the names of the others.
+
+    Raises UserError if there is none, or none or several of this name.
+    """
     prefixes = [name.removesuffix("cls_token") for name in tensors if name.split(".")[-1] == "cls_token"]
     if not prefixes:
         first = ", ".join(list(tensors)[:3]) or "none"
         raise UserError(f"{path} holds no ViT of timm's key names (no cls_token; its tensors: {first} ...)")
-    chosen = prefixes
-    if network or len(prefixes) > 1:
-        chosen = [prefix for prefix in prefixes if (network or "teacher") in prefix.split(".")]
+    wanted = network or ("teacher" if len(prefixes) > 1 else "")
+    chosen = [prefix for prefix in prefixes if not wanted or wanted in prefix.split(".")]
     if len(chosen) != 1:
-        names = ", ".join(prefix.rstrip(".") or "the file itself" for prefix in prefixes)
-        raise UserError(f"--weights={network or 'teacher'} is not one network of {path}, which holds {names}")
+        names = ", ".join(prefix.rstrip(".") or "one without a name" for prefix in prefixes)
+        raise UserError(f"{path} holds the networks {names}: not exactly one of them is {wanted}")
     prefix = chosen[0]
     state = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-    return state, prefix.split(".")[0] or "the file's"
+    names = [part for part in prefix.split(".")[:-1] if part not in ("state_dict", "model", "backbone")]
+    name = wanted or ".".join(names) or "its only network"
+    return state, name, [other.rstrip(".") for other in prefixes if other != prefix]
 
 
 def fold_layer_scale(state):
@@ -113,20 +178,26 @@ def fold_layer_scale(state):
 
 
 def architecture(state, heads, path):
-    """The arguments of vit.ViT for a state dict of timm's names; DINOv2's registers as timm has them."""
-    if "register_tokens" in state:
+    """The arguments of vit.ViT for a state dict of timm's names; registers and positions become timm's.
+
+    DINOv2 has no positions for its registers, timm's no_embed_class none for [CLS] either: they are 0.
+    """
+    if "register_tokens" in state and "reg_token" not in state:
         state["reg_token"] = state.pop("register_tokens")
     try:
         patch_size, dim = state["patch_embed.proj.weight"].shape[-1], state["cls_token"].shape[-1]
         registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-        cls, grid = state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
+        positions, grid = state["pos_embed"], state["pos_embed"].shape[1]
     except (KeyError, IndexError) as error:
         raise UserError(f"{path} holds no ViT of timm's key names ({first_line(error)} is missing)") from None
-    if registers and int(grid.shape[1] ** 0.5) ** 2 == grid.shape[1]:  # positions without the registers
-        state["pos_embed"] = torch.cat([cls, torch.zeros_like(state["reg_token"]), grid], dim=1)
-    side = int((state["pos_embed"].shape[1] - 1 - registers) ** 0.5)
+    sides = {n: math.isqrt(max(grid - n, 0)) for n in (1 + registers, 1, 0)}
+    prefix = next((n for n, side in sides.items() if side and side**2 + n == grid), None)
+    if prefix is None or positions.ndim != 3:
+        raise UserError(f"{path}: pos_embed {list(positions.shape)} is no square grid beside the [CLS] token")
+    absent = positions.new_zeros(1, 1 + registers - prefix, positions.shape[2])
+    state["pos_embed"] = torch.cat([positions[:, :prefix], absent, positions[:, prefix:]], dim=1)
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    args = {"image_size": side * patch_size, "patch_size": patch_size, "dim": dim, "depth": depth}
+    args = {"image_size": sides[prefix] * patch_size, "patch_size": patch_size, "dim": dim, "depth": depth}
     return {**args, "heads": heads, "registers": registers}
 
 
@@ -137,11 +208,13 @@ def build(vit, state, args, path):
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: {first_line(error)}") from None
     expected = backbone.state_dict()
-    unknown = [name for name in state if name not in expected or state[name].shape != expected[name].shape]
-    missing = [name for name in expected if name not in state]
-    if unknown or missing:
-        words = f"unknown: {', '.join(unknown[:4]) or 'none'}; missing: {', '.join(missing[:4]) or 'none'}"
-        raise UserError(f"{path} is not a ViT as vit.py has it ({words})")
+    problems = [f"{name} is unknown" for name in state if name not in expected]
+    problems += [f"{name} is missing" for name in expected if name not in state]
+    for name, right in expected.items():
+        if name in state and state[name].shape != right.shape:
+            problems.append(f"{name} is {list(state[name].shape)}, not {list(right.shape)}")
+    if problems:
+        raise UserError(f"{path} is not a ViT as vit.py has it: {', '.join(problems)}")
     backbone.load_state_dict(state)
     return backbone
 
@@ -149,15 +222,20 @@ def build(vit, state, args, path):
 def start_from(script, vit):
     """Sets a training script's architecture options, its globals, to those of --init; returns its weights.
 
-    Positions are interpolated to image_size. Raises UserError for register tokens, which the scripts lack.
+    Positions are interpolated to image_size. Raises UserError for options that contradict the file, and for
+    register tokens, which the scripts lack.
     """
-    path = script["init"]
-    state, args, _ = read_weights(path)
-    if args.pop("registers"):
+    path, given = Path(script["init"]).expanduser(), parse(script, sys.argv[1:])[2]
+    state, _, args, known = read_backbone(path, "", given.get("heads", 0), vit)
+    if args.get("registers"):
         raise UserError(f"--init={path} has register tokens (reg_token): the training scripts have none")
     backbone = build(vit, state, args, path)
+    for name in ("patch_size", "dim", "depth", "heads"):
+        if given.get(name, args[name]) != args[name]:
+            raise UserError(f"--{name}={given[name]}: --init={path} has {args[name]}, leave --{name} out")
+        script[name] = script["config"][name] = args[name]
+    script["check_size"](script["image_size"], args["patch_size"])
     side = script["image_size"] // args["patch_size"]
     state["pos_embed"] = backbone.positions(side, side).detach()
-    for name in ("patch_size", "dim", "depth", "heads"):
-        script[name] = script["config"][name] = args[name]
+    print(f"--init: {known['network']} of {path}, {args}")
     return state

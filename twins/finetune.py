@@ -1,0 +1,102 @@
+"""Fine-tuning of a backbone with a linear classifier on [CLS], as in BEiT (2106.08254) and MAE (2111.06377).
+
+    learning rate of layer i = lr * 0.65^(depth + 1 - i)    0: patches, tokens, positions; 1 to depth: blocks;
+                                                            depth + 1: last norm and classifier
+
+AdamW, warm-up, then a cosine to 0; random resized crop and flip; no drop path, whatever the backbone had. The
+classifier starts as the linear probe (2202.10054): from 0 it needs many epochs and disturbs the features.
+
+Letters in shapes:  b n images  s image side  c classes
+"""
+
+import copy
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import Crop, draw, resized_crop
+from twins.datasets import from_bytes, normalise
+from twins.probes import balanced, fit, hit_rate, measure, whitening
+from twins.processes import to_float32
+
+LEARNING_RATES = (3e-5, 3e-4, 3e-3)
+BATCH_SIZE, WARMUP, SCALE = 128, 0.1, (0.35, 1.0)  # images; share of the steps; of an image's area in a crop
+
+
+def parameter_groups(model, lr):
+    """A group a parameter of [backbone, classifier]; weight decay 0.05, none of biases, tokens, positions."""
+    depth, groups = len(model[0].blocks), []
+    for name, p in model.named_parameters():
+        network, part, *rest = name.split(".")
+        last = depth + 1 if network == "1" or part == "norm" else 0
+        layer = int(rest[0]) + 1 if part == "blocks" else last
+        decays = p.ndim > 1 and not part.endswith(("_token", "pos_embed"))
+        groups.append({"params": [p], "lr": lr * 0.65 ** (depth + 1 - layer), "weight_decay": 0.05 * decays})
+    return groups
+
+
+def augment(images, rng):
+    """uint8 [b 3 s s] -> normalised random crops, half of them mirrored [b 3 s s]."""
+    side = images.shape[-1]
+    drawn = draw(len(images), side, Crop(side, SCALE), rng)
+    box = [drawn[name].to(images.device) for name in ("left", "top", "width", "height", "flip")]
+    return normalise(resized_crop(from_bytes(images), *box, side).clamp_(0, 1))
+
+
+@torch.no_grad()
+def predict(model, images, device, autocast):
+    """uint8 [n 3 s s] -> scores [n c]."""
+    with autocast:
+        chunks = [model(normalise(from_bytes(chunk.to(device)))) for chunk in images.split(500)]
+    return to_float32(torch.cat(chunks))
+
+
+def train(backbone, images, labels, lr, seed, autocast, strength, classes, epochs):
+    """Trains a copy of the backbone and a probe of this strength; yields the model after each epoch."""
+    backbone = copy.deepcopy(backbone).eval()  # without drop path
+    x = predict(backbone, images, labels.device, autocast)
+    mean, matrix = whitening(x)
+    zero = x.new_zeros(x.shape[1], classes), x.new_zeros(classes)
+    weight, bias = fit((x - mean) @ matrix, labels, strength, zero)
+    weight = matrix @ weight
+    model = torch.nn.Sequential(backbone, torch.nn.Linear(*weight.shape, device=x.device))
+    model[1].load_state_dict({"weight": weight.T, "bias": bias - mean @ weight})
+    optimizer = torch.optim.AdamW(parameter_groups(model.requires_grad_(), lr))
+    steps, rng = epochs * math.ceil(len(images) / BATCH_SIZE), np.random.default_rng((seed, 4))
+    factor = lambda i: min((i + 1) / (WARMUP * steps + 1), (1 + math.cos(math.pi * i / steps)) / 2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for epoch in range(1, epochs + 1):
+        batches = torch.from_numpy(rng.permutation(len(images))).split(BATCH_SIZE)
+        for rows in tqdm(batches, f"fine-tuning, lr {lr:g}, epoch {epoch}", leave=False, delay=1):
+            x = augment(images[rows].to(labels.device), rng)
+            with autocast:
+                scores = model(x)
+            optimizer.zero_grad()
+            F.cross_entropy(to_float32(scores), labels[rows.to(labels.device)]).backward()
+            optimizer.step()
+            schedule.step()
+        yield model
+
+
+def finetune(backbone, images, labels, test_images, test_labels, seed, autocast, *settings):
+    """A result as twins.probes has them: images uint8 [n 3 s s], labels int64 [n] on the device.
+
+    settings: strength of the linear probe, classes, epochs. Held-out training images select learning rate and
+    last epoch; a new copy is then trained on all of them, and the test set is looked at once.
+    """
+    held_out, rest = (rows.to(labels.device) for rows in balanced(labels.cpu(), 0.1, seed))
+    grid = []
+    for lr in LEARNING_RATES:
+        runs = train(backbone, images[rest.cpu()], labels[rest], lr, seed, autocast, *settings)
+        for epoch, model in enumerate(runs, 1):
+            scores = predict(model, images[held_out.cpu()], labels.device, autocast)
+            grid.append({"lr": lr, "epoch": epoch, "held_out": hit_rate(scores, labels[held_out])})
+    selected = max(grid, key=lambda row: (row["held_out"], row["epoch"]))
+    runs = train(backbone, images, labels, selected["lr"], seed, autocast, *settings)
+    for _ in range(selected["epoch"]):
+        model = next(runs)
+    scores = predict(model, test_images, labels.device, autocast)
+    return {"selected": selected, "grid": grid, **measure(scores, test_labels)}
