@@ -30,10 +30,11 @@ from tqdm import tqdm
 from data import load
 from twins.attention import attend, describe, divergences, keep_mass, near_uniform
 from twins.backbones import configure_evaluation, load_backbone, output_folder, random_like, trained_on
-from twins.datasets import Split, decode, image_files
+from twins.datasets import Split
 from twins.errors import UserError
 from twins.evaluation_pictures import attention_picture, divergence_picture
 from twins.files import git_state, write_file
+from twins.folders import decode, image_files
 from twins.masks import has_masks, load_masks
 from twins.permutation import permutation_test, sentence
 from twins.pictures import printed

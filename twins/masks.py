@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from twins.datasets import Split, cached, fetch, image_files, load
+from twins.datasets import Split, fetch, load
 from twins.errors import UserError
+from twins.folders import cached, image_files
 
 DATASETS = ("shapes", "folder", "voc2012", "pet", "imagenet_s")
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant
