@@ -1,4 +1,4 @@
-"""Data sets as one tensor: CIFAR, ImageNet-32, STL-10, folders of photographs with their cache, and shapes made in memory.
+"""Data sets as one tensor: CIFAR, ImageNet-32, STL-10, folders of photographs, and shapes made in memory.
 
 Letters in shapes:  n images  s image side
 """
@@ -52,18 +52,20 @@ def load(dataset, data_dir, image_size, split="train", skip_bad_images=False):
 
 
 def resize(images, size, mode):
-    antialias = mode == "bilinear"
-    return torch.cat([F.interpolate(chunk, size=(size, size), mode=mode, antialias=antialias) for chunk in images.split(1024)])
+    """Images uint8 [n c s s] -> [n c size size]; antialiased, but for the mode 'nearest'."""
+    shape, antialias = (size, size), mode != "nearest"
+    chunks = images.split(1024)
+    return torch.cat([F.interpolate(chunk, size=shape, mode=mode, antialias=antialias) for chunk in chunks])
 
 
 def to_device(x, device):
-    """A CPU tensor on the device. A GPU takes it from pinned memory when it gets there; the program does not wait for that."""
+    """A CPU tensor on the device. A GPU takes it from pinned memory when it gets there; nobody waits."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 @functools.cache
 def constant(values, device, dtype):
-    """The tensor of a tuple of numbers, copied to the device once, for a GPU is waited for while that is done."""
+    """The tensor of a tuple of numbers, copied to the device once: the copy waits for a GPU."""
     return torch.tensor(values, device=device, dtype=dtype)
 
 
@@ -79,22 +81,24 @@ def normalise(x):
 
 
 def shapes(split):
-    """12,000 training or 2,000 test images made in seconds: a textured object on a smooth background, with its mask.
+    """12,000 training or 2,000 test images made in seconds: a textured object on a smooth ground, and its mask.
 
-    The class is the texture, for it survives crops and colour jitter: stripes (three orientations, two widths), checks
-    (two widths), rings, plain. Outline (disk, square, diamond), place, size, colours and phase are random. Strong tints would
-    be what a small ViT learns instead, so colours are greys with a tint of at most 0.15.
+    The class is the texture, for it survives crops and colour jitter: stripes (three orientations, two
+    widths), checks (two widths), rings, plain. Outline (disk, square, diamond), place, size, colours and
+    phase are random. Strong tints would be what a small ViT learns instead, so colours are greys with a tint
+    of at most 0.15.
     """
     n, seed = {"train": (12_000, 0), "test": (2_000, 1)}[split]
     g = torch.Generator().manual_seed(seed)
     painted = [paint_shapes(500, g) for _ in range(n // 500)]  # few at a time stay in a core's cache
     images, labels, masks = (torch.cat(part) for part in zip(*painted, strict=True))
-    names = [f"{width} {a} stripes" for width in ("fine", "coarse") for a in ("vertical", "horizontal", "diagonal")]
+    ways = ("vertical", "horizontal", "diagonal")
+    names = [f"{width} {way} stripes" for width in ("fine", "coarse") for way in ways]
     return Split(images, labels, [*names, "fine checks", "coarse checks", "rings", "plain"], masks)
 
 
 def paint_shapes(n, g):
-    """`n` images uint8 [n 3 s s] of shapes(), with labels [n] and masks [n s s], drawn from the generator `g`."""
+    """`n` images uint8 [n 3 s s] of shapes(), labels [n] and masks [n s s], drawn from the generator `g`."""
     size = 32
 
     def uniform(low, high, *shape):
@@ -117,10 +121,12 @@ def paint_shapes(n, g):
     stripes = (turn * along + phase).sin()
     checks = 2 * (turn * x + phase).sin() * (turn * y + phase_y).sin()
     rings = (2 * pi / 5 * radius + phase).sin()
-    wave = torch.where(label < 6, stripes, torch.where(label < 8, checks, torch.where(label == 8, rings, 1.0)))
+    rings_or_plain = torch.where(label == 8, rings, 1.0)
+    wave = torch.where(label < 6, stripes, torch.where(label < 8, checks, rings_or_plain))
 
     shade = (wave.clamp(-1, 1)[:, None] + 1) / 2  # [n 1 s s]
-    dark, light = uniform(0.1, 0.3, 1) + uniform(-0.15, 0.15, 3), uniform(0.7, 0.9, 1) + uniform(-0.15, 0.15, 3)
+    dark = uniform(0.1, 0.3, 1) + uniform(-0.15, 0.15, 3)
+    light = uniform(0.7, 0.9, 1) + uniform(-0.15, 0.15, 3)
     texture = dark + (light - dark) * shade
     corner, slope = uniform(0.4, 0.6, 1) + uniform(-0.15, 0.15, 3), uniform(-0.3, 0.3, 1, 2)
     ground = corner + slope[:, :, 0] * y[:, None] / size + slope[:, :, 1] * x[:, None] / size
@@ -129,7 +135,7 @@ def paint_shapes(n, g):
 
 
 def torchvision_set(name, data_dir, split):
-    """CIFAR-10, CIFAR-100 or STL-10, whose training part is joined by its 100,000 images without a label (-1)."""
+    """CIFAR-10, CIFAR-100 or STL-10; the latter's training part has 100,000 images without a label (-1)."""
     from torchvision.datasets import CIFAR10, CIFAR100, STL10  # here, for the import takes a second
 
     if name == "stl10":
@@ -155,21 +161,23 @@ def fetch(kind, data_dir, **which):
         try:
             return kind(data_dir, **which, download=True)
         except (OSError, RuntimeError) as error:
-            where, url = getattr(kind, "base_folder", ""), getattr(kind, "url", "the address in torchvision's documentation")
+            where = getattr(kind, "base_folder", "")
+            url = getattr(kind, "url", "the address in torchvision's documentation")
             raise UserError(
-                f"{data_dir}/{where} holds no whole copy of {kind.__name__}, and its download failed ({error}). Put the unpacked files "
-                f"there (from {url}), or use --dataset=shapes, which needs no files."
+                f"{data_dir}/{where} holds no whole copy of {kind.__name__}, and its download failed "
+                f"({error}). Put the unpacked files there (from {url}), or use --dataset=shapes, which needs no files."
             ) from None
 
 
 def imagenet32(root, split):
-    """Downsampled ImageNet (1707.08819) as published: npz files of `data` uint8 [n 3072] and `labels` from 1."""
+    """Downsampled ImageNet (1707.08819) as published: npz of `data` uint8 [n 3072] and `labels` from 1."""
     names = sorted(root.glob("train_data_batch_*.npz"), key=lambda p: (len(p.name), p.name))
     files = names if split == "train" else [root / "val_data.npz"]
     if not files or not files[0].exists():
         raise UserError(
-            f"{root} holds no {files[0].name if files else 'train_data_batch_1.npz'}: get the npz files of the 32 x 32 images from "
-            "https://image-net.org/download-images, after signing in, and unpack them there"
+            f"{root} holds no {files[0].name if files else 'train_data_batch_1.npz'}: get the npz files of "
+            "the 32 x 32 images from https://image-net.org/download-images, after signing in, and unpack "
+            "them there"
         )
     images, labels = [], []
     for file in tqdm(files, f"reading {root}", unit=" files", disable=len(files) < 2):
@@ -179,7 +187,8 @@ def imagenet32(root, split):
         except Exception as error:  # numpy and zipfile raise many kinds for broken files
             raise UserError(f"{file} is no whole batch of ImageNet-32 ({error}): download it again") from None
         if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
-            raise UserError(f"{file} holds data {pixels.dtype} {list(pixels.shape)}, not uint8 [n 3072]: 32 x 32 images are needed")
+            found = f"{pixels.dtype} {list(pixels.shape)}"
+            raise UserError(f"{file} holds data {found}, not uint8 [n 3072]: 32 x 32 images are needed")
         if classes.shape != pixels.shape[:1] or classes.dtype.kind not in "iu" or (classes < 1).any():
             few = f"{classes.dtype} {list(classes.shape)}, the first {classes.flat[0]}"
             raise UserError(f"{file} has labels {few}: a number for each image, counted from 1, is needed")

@@ -1,8 +1,9 @@
-"""Image files decoded once, by all cores, into one array on disk: for folders of any size, and killed at any time.
+"""Image files decoded once, by all cores, into one array on disk: any number of files, killed at any time.
 
-Next to the array <name>.npy, uint8 [n 3 s s], lies <name>.flags, a byte for each file: not decoded yet, decoded or broken. An array
-that is not whole yet is called <name>.npy.part, and the next start goes on with it. A worker is this file run as a
-script, without torch, so that it starts in a moment and asks nothing of the program that needs the images:
+Next to the array <name>.npy, uint8 [n 3 s s], lies <name>.flags, a byte for each file: not decoded yet,
+decoded or broken. An array that is not whole yet is called <name>.npy.part, and the next start goes on with
+it. A worker is this file run as a script, without torch, so that it starts in a moment and asks nothing of
+the program that needs the images:
 
     python decoding.py PATHS ARRAY OFFSET SIZE WORKER WORKERS
 """
@@ -23,14 +24,14 @@ BLOCK = 256  # images written and flagged together
 
 
 def decode(path, size):
-    """One image file -> uint8 [3 size size], the short side resized, the middle kept. Raises ValueError, naming the file."""
+    """One image file -> uint8 [3 size size]: short side resized, middle kept. ValueError names the file."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits, which convert() would clip
                 image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at a half, a quarter or an eighth if that is enough
+            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decoded at a half or less if that is enough
             image = ImageOps.exif_transpose(image).convert("RGB")
             image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     except Exception as error:  # Pillow raises many kinds for broken files
@@ -41,7 +42,7 @@ def decode(path, size):
 def decode_all(paths, size, file, progress):
     """Decodes `paths` into `file`, uint8 [n 3 size size], unless it is there. Returns the flags, uint8 [n].
 
-    `progress` is called with the number of images decoded so far. Raises OSError when the disk does not take them.
+    `progress` is called with the number of images decoded so far. Raises OSError when the disk is full.
     """
     flags, part = file.with_suffix(".flags"), Path(f"{file}.part")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,9 @@ def decode_all(paths, size, file, progress):
         count = min(cores, -(-len(paths) // BLOCK))
         command = [sys.executable, __file__, names, part, offset, size]
         said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below; not a pipe, which would fill up
-        workers = [subprocess.Popen([str(word) for word in (*command, i, count)], stderr=said) for i in range(count)]
+        workers = []
+        for i in range(count):
+            workers.append(subprocess.Popen([str(word) for word in (*command, i, count)], stderr=said))
         try:
             while any(worker.poll() is None for worker in workers):
                 progress(int((np.fromfile(flags, np.uint8) > 0).sum()))
@@ -83,13 +86,14 @@ def decode_all(paths, size, file, progress):
 
 def is_whole(file, flags, n):
     try:
-        return flags.stat().st_size == n and len(np.load(file, mmap_mode="r")) == (np.fromfile(flags, np.uint8) == DECODED).sum()
+        decoded = np.fromfile(flags, np.uint8) == DECODED
+        return len(decoded) == n and len(np.load(file, mmap_mode="r")) == decoded.sum()
     except (OSError, ValueError, EOFError):  # not there, or cut off
         return False
 
 
 def rows_of(flags):
-    """Which file each row of the array is of, [n - broken]: in order, but that the last ones fill the places of broken ones."""
+    """Which file each row of the array is of, [n - broken]: in order, the last in the place of broken ones."""
     n = int((flags == DECODED).sum())
     rows = np.arange(n)
     rows[flags[:n] == BROKEN] = n + np.flatnonzero(flags[n:] == DECODED)
@@ -97,7 +101,7 @@ def rows_of(flags):
 
 
 def close_holes(part, offset, flags):
-    """Moves rows to where rows_of() has them. Killed and done again it does the same, for what it moves it does not remove."""
+    """Moves rows to where rows_of() has them. It removes nothing, so that it can be killed and done again."""
     rows, size = rows_of(flags), np.load(part, mmap_mode="r").shape[-1]
     images = np.memmap(part, np.uint8, "r+", offset, (len(flags), 3, size, size))
     for i in np.flatnonzero(rows != np.arange(len(rows))):
@@ -110,7 +114,10 @@ def close_holes(part, offset, flags):
 
 
 class locked:
-    """A file or folder kept to oneself; a process that dies lets go. `wait=False`: BlockingIOError if another has it."""
+    """A file or folder kept to oneself; a process that dies lets go.
+
+    With `wait=False` it raises BlockingIOError if another process has it.
+    """
 
     def __init__(self, path, wait=True):
         self.path, self.wait, self.file = path, wait, None
