@@ -205,7 +205,7 @@ def augment(images, p, order, size):
 def resized_crop(x, left, top, width, height, flip, size):
     """Boxes of images, floats [b 3 s s], resized to [b 3 size size]; mirrored where `flip`.
 
-    Bicubic, antialiased. Two products with matrices of interpolation weights; equal to torchvision's resized_crop(BICUBIC,
+    Two products with matrices of interpolation weights; equal to torchvision's resized_crop(BICUBIC,
     antialias=True).
     """
     columns = interpolation(left, width, size, x.shape[-1])

@@ -81,7 +81,7 @@ def normalise(x):
 
 
 def shapes(split):
-    """12,000 training or 2,000 test images made in seconds: a textured object on a smooth ground, and its mask.
+    """12,000 training or 2,000 test images made in seconds: a textured object on a smooth ground.
 
     The class is the texture, for it survives crops and colour jitter: stripes (three orientations, two
     widths), checks (two widths), rings, plain. Outline (disk, square, diamond), place, size, colours and
@@ -165,7 +165,8 @@ def fetch(kind, data_dir, **which):
             url = getattr(kind, "url", "the address in torchvision's documentation")
             raise UserError(
                 f"{data_dir}/{where} holds no whole copy of {kind.__name__}, and its download failed "
-                f"({error}). Put the unpacked files there (from {url}), or use --dataset=shapes, which needs no files."
+                f"({error}). Put the unpacked files there (from {url}), or use --dataset=shapes, which needs "
+                "no files."
             ) from None
 
 

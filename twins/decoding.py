@@ -93,7 +93,7 @@ def is_whole(file, flags, n):
 
 
 def rows_of(flags):
-    """Which file each row of the array is of, [n - broken]: in order, the last in the place of broken ones."""
+    """Which file each row of the array is of, [n - broken]: in order, the last in place of broken ones."""
     n = int((flags == DECODED).sum())
     rows = np.arange(n)
     rows[flags[:n] == BROKEN] = n + np.flatnonzero(flags[n:] == DECODED)
