@@ -90,7 +90,7 @@ def own_images(path, size):
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"--images={path} does not exist")
-    paths = [path] if path.is_file() else image_files(path)[0]
+    paths = [path] if path.is_file() else image_files(path)
     decoded, broken = [], []
     for file in paths:
         try:

@@ -6,6 +6,7 @@ Letters in shapes:  n images  s image side
 import functools
 import os
 import socket
+import zipfile
 from math import pi
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,10 @@ from twins.errors import UserError
 from twins.folders import folder
 
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet32", "stl10", "folder")
+CONVERT = """python -c "import glob, numpy, pickle
+for name in glob.glob('*_data*'):
+    batch = pickle.load(open(name, 'rb'))
+    numpy.savez(name, data=batch['data'], labels=batch['labels'])\""""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set: one model fits all
 
 
@@ -28,15 +33,18 @@ class Split(NamedTuple):
     labels: torch.Tensor | None  # int64 [n], -1 where there is none; None: a flat folder
     classes: list[str]
     masks: torch.Tensor | None = None  # uint8 [n s s], 1 on the object; only `shapes` has them
+    image_size: int = 0  # pixels that a network is evaluated with; 0: s
 
 
-def load(dataset, data_dir, image_size, split="train", skip_bad_images=False):
+def load(dataset, data_dir, image_size, split="train", skip_bad_images=False, cache_size=None):
     """One split, 'train' or 'test', of a data set, every image `image_size` pixels square.
 
+    Photographs of a `folder` that views are cut from have `cache_size` pixels, 0 for about 1.6 x image_size.
     Raises UserError for an unknown data set, absent or broken files, and a download that fails.
     """
     if dataset == "folder":
-        return Split(*folder(data_dir, image_size, split, skip_bad_images))
+        found = folder(data_dir, image_size, split, skip_bad_images, cache_size)
+        return Split(*found, image_size=image_size)
     if dataset not in DATASETS:
         raise UserError(f"--dataset={dataset} is unknown: choose one of {', '.join(DATASETS)}")
     if dataset == "shapes":
@@ -174,7 +182,9 @@ def imagenet32(root, split):
     """Downsampled ImageNet (1707.08819) as published: npz of `data` uint8 [n 3072] and `labels` from 1."""
     names = sorted(root.glob("train_data_batch_*.npz"), key=lambda p: (len(p.name), p.name))
     files = names if split == "train" else [root / "val_data.npz"]
-    if not files or not files[0].exists():
+    if (root / "train_data_batch_1").exists() and not names:
+        raise UserError(f"{root} holds pickled batches, which may run code: convert them there by\n{CONVERT}")
+    if not files or not files[0].is_file():
         raise UserError(
             f"{root} holds no {files[0].name if files else 'train_data_batch_1.npz'}: get the npz files of "
             "the 32 x 32 images from https://image-net.org/download-images, after signing in, and unpack "
@@ -183,6 +193,10 @@ def imagenet32(root, split):
     images, labels = [], []
     for file in tqdm(files, f"reading {root}", unit=" files", disable=len(files) < 2):
         try:
+            with zipfile.ZipFile(file) as archive:
+                gib = sum(part.file_size for part in archive.infolist()) / 2**30
+            if gib > 4:
+                raise ValueError(f"it unpacks to {gib:.3g} GiB")
             with np.load(file, allow_pickle=False) as content:
                 pixels, classes = content["data"], np.asarray(content["labels"])
         except Exception as error:  # numpy and zipfile raise many kinds for broken files
@@ -193,6 +207,8 @@ def imagenet32(root, split):
         if classes.shape != pixels.shape[:1] or classes.dtype.kind not in "iu" or (classes < 1).any():
             few = f"{classes.dtype} {list(classes.shape)}, the first {classes.flat[0]}"
             raise UserError(f"{file} has labels {few}: a number for each image, counted from 1, is needed")
+        if classes.max() > 1000:
+            raise UserError(f"{file} has a label {classes.max()}: ImageNet has 1000 classes")
         images.append(torch.from_numpy(pixels.reshape(-1, 3, 32, 32)))
         labels.append(torch.from_numpy(classes.astype(np.int64) - 1))
     labels = torch.cat(labels)

@@ -5,7 +5,7 @@ decoded or broken. An array that is not whole yet is called <name>.npy.part, and
 it. A worker is this file run as a script, without torch, so that it starts in a moment and asks nothing of
 the program that needs the images:
 
-    python decoding.py PATHS ARRAY OFFSET SIZE WORKER WORKERS
+    python decoding.py PATHS ARRAY OFFSET SIZE RESAMPLE WORKER WORKERS
 """
 
 import os
@@ -20,26 +20,67 @@ from pathlib import Path
 import numpy as np
 
 DECODED, BROKEN = 1, 2
+BICUBIC, LANCZOS = 3, 1  # Pillow's numbers; Lanczos keeps what the second resizing of a view takes
+VERSION = "2"  # of decode(): an array of another one is made anew
 BLOCK = 256  # images written and flagged together
 
 
-def decode(path, size):
+def is_deep(image):
+    """Whether a Pillow image has more than 8 bits a pixel, grey."""
+    return image.mode[0] in "IF"
+
+
+def to_bytes(pixels):
+    """Grey pixels [h w] of more than 8 bits -> uint8, which convert() would clip. ValueError for a NaN.
+
+    White is 1 (of floats alone), 255, 4095 or 65535, the first that no pixel exceeds. Where there is none, or
+    a pixel is negative, the smallest pixel is black and the largest is white.
+    """
+    whites = (1, 255, 4095, 65535) if pixels.dtype.kind == "f" else (255, 4095, 65535)
+    pixels = pixels.astype(np.float64)
+    low, high = pixels.min(), pixels.max()
+    if not np.isfinite(high - low):
+        raise ValueError("its pixels are not finite")
+    white = next((white for white in whites if low >= 0 and high <= white), None)
+    if white is None:
+        pixels, white = pixels - low, max(high - low, 1e-9)
+    return (pixels * (255 / white)).round().astype(np.uint8)
+
+
+def describe(path):
+    """The short side of an image file and whether it has more than 8 bits a pixel; (0, False) if broken."""
+    from PIL import Image
+
+    try:
+        with Image.open(path if os.path.isfile(path) else "") as image:
+            return min(image.size), is_deep(image)
+    except Exception:  # decode() names it
+        return 0, False
+
+
+def decode(path, size, resample=BICUBIC):
     """One image file -> uint8 [3 size size]: short side resized, middle kept. ValueError names the file."""
     from PIL import Image, ImageOps
 
     try:
+        if not os.path.isfile(path):
+            raise ValueError("it is no file")  # a FIFO would be waited for
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+            deep_colours = ";16" in str(image.tile) and not is_deep(image)  # Pillow keeps the upper 8 bits
             image.draft("RGB", (2 * size, 2 * size))  # JPEG: decoded at a half or less if that is enough
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            image = ImageOps.exif_transpose(image)
+            if is_deep(image):
+                image = Image.fromarray(to_bytes(np.asarray(image)))
+            image = image.convert("RGB")
+            if deep_colours and max(high for _, high in image.getextrema()) < 16:
+                raise ValueError("its colours have 16 bits, of which 12 or fewer are used: convert it to 8")
+            image = ImageOps.fit(image, (size, size), resample)
     except Exception as error:  # Pillow raises many kinds for broken files
         raise ValueError(f"{path} cannot be read as an image ({error})") from None
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def decode_all(paths, size, file, progress):
+def decode_all(paths, size, file, progress, resample=BICUBIC):
     """Decodes `paths` into `file`, uint8 [n 3 size size], unless it is there. Returns the flags, uint8 [n].
 
     `progress` is called with the number of images decoded so far. Raises OSError when the disk is full.
@@ -57,7 +98,7 @@ def decode_all(paths, size, file, progress):
         offset = np.load(part, mmap_mode="r").offset
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         count = min(cores, -(-len(paths) // BLOCK))
-        command = [sys.executable, __file__, names, part, offset, size]
+        command = [sys.executable, __file__, names, part, offset, size, resample]
         said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below; not a pipe, which would fill up
         workers = []
         for i in range(count):
@@ -140,7 +181,7 @@ class locked:
             self.file = None
 
 
-def work(paths, array, offset, size, worker, workers):
+def work(paths, array, offset, size, resample, worker, workers):
     """Every `workers`-th block of files, less what is flagged already; ends when the parent does."""
     paths, flags = Path(paths).read_bytes().split(b"\0"), Path(array).with_suffix("").with_suffix(".flags")
     done, parent, count = np.fromfile(flags, np.uint8), os.getppid(), 3 * size * size
@@ -149,7 +190,7 @@ def work(paths, array, offset, size, worker, workers):
             todo = [i for i in range(start, min(start + BLOCK, len(paths))) if not done[i]]
             for i in todo:
                 try:
-                    pixels, done[i] = decode(os.fsdecode(paths[i]), size), DECODED
+                    pixels, done[i] = decode(os.fsdecode(paths[i]), size, resample), DECODED
                 except ValueError:
                     done[i] = BROKEN
                     continue

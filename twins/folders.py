@@ -1,4 +1,4 @@
-"""Folders of photographs: which files are images, and the cache that they are decoded into once.
+"""Folders of photographs: which files are images of which split, and the cache they are decoded into once.
 
 Letters in shapes:  n images  s image side
 """
@@ -6,6 +6,7 @@ Letters in shapes:  n images  s image side
 import hashlib
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,77 +16,179 @@ from tqdm import tqdm
 from twins import decoding
 from twins.errors import UserError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp", ".gif", ".tif"}
+SUFFIXES |= {".tiff", ".jp2", ".j2k", ".pbm", ".pgm", ".ppm", ".pnm"}
+SPLITS = {"train": ("train", "training"), "test": ("test", "testing"), "val": ("val", "valid", "validation")}
+IMAGES = ("images", "jpegimages")
+MASKS = ("masks", "labels", "annotations", "segmentationclass", "segmentationobject")
 
 
-def folder(data_dir, image_size, split, skip_bad_images=False):
-    """Photographs of any size in data_dir/train/<class>/*, data_dir/{test,val}/<class>/*, or flat without labels.
+def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
+    """Photographs in data_dir/train/<class>/*, data_dir/{test,val}/<class>/*, or flat without labels.
 
-    Decoded once, short side resized to `image_size`, centre cropped; kept in data_dir/.cache (in ~/.cache/dino-twins if
-    data_dir is read-only) as one memory-mapped array, made anew when a file's name, size or date changes.
+    Returns images uint8 [n 3 s s], labels int64 [n] or None, and the classes. Decoded once, short side
+    resized to s, centre cropped; kept in data_dir/.cache (in ~/.cache/dino-twins if data_dir is read-only) as
+    one memory-mapped array, made anew when a file's name, size or date changes. s is `image_size`, or
+    `cache_size` if given, 0 for cache_side(). Raises UserError where it is not clear what is meant.
     """
-    root = Path(data_dir)
-    if not root.is_dir():
+    top = Path(data_dir)
+    if not top.is_dir():
         raise UserError(f"--data_dir={data_dir} is no folder: give the one that holds train/<class>/*.jpg")
-    names = ["train"] if split == "train" else ["test", "val"]
-    root = next((root / name for name in names if (root / name).is_dir()), root)
-    if split == "test" and root == Path(data_dir):
-        raise UserError(f"{data_dir} has no test/ or val/ folder")
-    paths, others = image_files(root)
-    if not paths:
-        found = f"{others} files, none with an image's name ({' '.join(sorted(SUFFIXES))})" if others else "nothing"
-        raise UserError(f"{root} holds {found}: put images into {root}/<class>/")
+    top = without_masks(top)
+    found, wanted = splits(top), ("train",) if split == "train" else ("test", "val")
+    roots = [without_masks(found[kind]) for kind in wanted if kind in found]
+    if not roots and (found or split == "test"):
+        only = ", ".join(f"{path.name}/" for path in found.values())
+        only = f", only {only}: rename it, or give it as --data_dir" if only else ""
+        raise UserError(f"{top} has no {'/ or '.join(wanted)}/ folder{only}")
+    root = roots[0] if roots else top
+    if len(roots) > 1 and not has_classes(root) and has_classes(roots[1]):
+        print(f"{root} has no class folders: {roots[1]}, which has them, is used instead", flush=True)
+        root = roots[1]
+    paths = image_files(root)
 
     first = [below(root, path).split(os.sep) for path in paths]
-    flat = all(len(parts) == 1 for parts in first)
-    known = first
-    if split == "test" and (Path(data_dir) / "train").is_dir():  # numbered as in training
-        trained = Path(data_dir) / "train"
-        known = [below(trained, path).split(os.sep) for path in image_files(trained)[0]]
+    flat, known = all(len(parts) == 1 for parts in first), first
+    others = [top / name for name in subfolders(top) if top / name not in found.values()]
+    others = [path for path in others if flat and split == "train" and path != root and walk(path)[0]]
+    if others:
+        names = " ".join(f"{path.name}/" for path in others[:5])
+        hint = f"give --data_dir={root} for it alone, or put all classes into train/"
+        raise UserError(f"{root} holds images without class folders beside {names}: {hint}")
+    if split == "test" and "train" in found:  # numbered as in training
+        trained = without_masks(found["train"])
+        known = [below(trained, path).split(os.sep) for path in walk(trained)[0]]
     classes = [] if flat else sorted({parts[0] for parts in known if len(parts) > 1})
-    stray = next((p for p, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes), None)
+    stray = [path for path, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes]
     if stray:
-        raise UserError(f"{stray} is in none of the {len(classes)} class folders: move it into one, or make all of them flat")
-    images, paths = cached(root, paths, image_size, root.name, skip_bad_images)
+        where = f"in none of the {len(classes)} class folders"
+        raise UserError(f"{stray[0]} is {where}: move it into one, or make all of them flat")
+
+    sample = [decoding.describe(path) for path in paths[:: len(paths) // 100 + 1]]
+    if any(deep for _, deep in sample):
+        print("images of more than 8 bits a pixel are scaled to 8, see docs/options.md", flush=True)
+    size, name = image_size, root.name
+    if cache_size is not None:
+        size = cache_size or cache_side(image_size, [side for side, _ in sample])
+    if size < image_size:
+        raise UserError(f"--cache_size={size} is less than --image_size={image_size}: views would be blurred")
+    resample = decoding.LANCZOS if size > image_size else decoding.BICUBIC
+    name += "-crops" if size > image_size else ""
+    images, paths = cached(root, paths, size, name, skip_bad_images, resample)
+    if flat:
+        print(f"{root}: {len(paths)} images, no class folders", flush=True)
+        return images, None, classes
     number = {name: i for i, name in enumerate(classes)}
-    labels = None if flat else torch.tensor([number[below(root, path).split(os.sep)[0]] for path in paths])
+    labels = torch.tensor([number[below(root, path).split(os.sep)[0]] for path in paths])
+    counts = [f"{name} {n}" for name, n in zip(classes, labels.bincount(minlength=len(classes)), strict=True)]
+    shown = ", ".join(counts[:10]) + ", ..." * (len(counts) > 10)
+    print(f"{root}: {len(paths)} images in {len(classes)} classes: {shown}", flush=True)
     return images, labels, classes
 
 
+def cache_side(image_size, sides):
+    """1.6 x image_size, so that 40 % of the area has image_size pixels; at most the largest of `sides`."""
+    return max(image_size, min(round(1.6 * image_size), max(sides)))
+
+
 def below(root, path):
-    """`path`, which begins with `root`, without it; pathlib takes ten times as long, a second for 100,000 files."""
+    """`path`, which begins with `root`, without it; pathlib takes ten times as long."""
     return path[len(str(root)) + 1 :]
 
 
+def unreadable(error):
+    raise UserError(f"{error.filename} cannot be entered ({error.strerror}): mend or move it") from None
+
+
+def subfolders(root):
+    """The names of the folders in `root`, in order, less hidden ones."""
+    try:
+        return sorted(f.name for f in os.scandir(root) if f.is_dir() and not f.name.startswith("."))
+    except OSError as error:
+        unreadable(error)
+
+
+def splits(root):
+    """{train, test, val: its folder in `root`}, those that are there. Raises UserError if there are two."""
+    found = {}
+    for name in subfolders(root):
+        for kind in (kind for kind, names in SPLITS.items() if name.lower() in names):
+            if kind in found:
+                both = f"{found[kind].name}/ and {name}/"
+                raise UserError(f"{root} holds {both}, which are the same split: rename or move one")
+            found[kind] = root / name
+    return found
+
+
+def without_masks(root):
+    """`root`, or the images in it if masks lie beside them."""
+    names = subfolders(root)
+    images = [name for name in names if name.lower() in IMAGES]
+    masks = [name for name in names if name.lower() in MASKS]
+    if not (images and masks):
+        return root
+    print(f"{root}: {images[0]}/ alone is used, left out: {'/ '.join(masks)}/", flush=True)
+    return root / images[0]
+
+
+def has_classes(root):
+    return any(os.sep in below(root, path) for path in walk(root)[0])
+
+
+def walk(root):
+    """The images below `root`, sorted, and {what is left out: how often}; no folder is read twice."""
+    paths, left, seen = [], Counter(), set()
+    for parent, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
+        stat = os.stat(parent)
+        if (stat.st_dev, stat.st_ino) in seen:
+            left["linked folder that was read already"] += 1
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        for name in sorted(files):
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith(".") or suffix not in SUFFIXES:
+                left["hidden" if name.startswith(".") else suffix or "without a suffix"] += 1
+            else:
+                paths.append(os.path.join(parent, name))
+    return paths, left
+
+
 def image_files(root):
-    """The images below `root` in order, by name, and how many other files there are."""
-    paths, others = [], 0
-    for parent, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        images = [name for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
-        paths += [os.path.join(parent, name) for name in images]
-        others += len(files) - len(images)
-    return paths, others
+    """The images below `root`, sorted; says what is left out. Raises UserError if there are none."""
+    paths, left = walk(root)
+    if not paths:
+        suffixes = " ".join(sorted(SUFFIXES))
+        found = f"{left.total()} files, none with an image's name ({suffixes})" if left else "nothing"
+        raise UserError(f"{root} holds {found}: put images into {root}/<class>/")
+    if left:
+        kinds = ", ".join(f"{n} {what}" for what, n in left.most_common(8))
+        print(f"{root}: left out {left.total()} that are no images by name: {kinds}", flush=True)
+    return paths
 
 
-def cached(root, paths, size, name, skip_bad_images=False):
-    """Images at `paths` as a uint8 tensor [n 3 size size] on a memory-mapped file, decoded if it is not there yet, and their paths.
+def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BICUBIC):
+    """Images at `paths` as uint8 [n 3 size size], memory-mapped, decoded if not done yet, and their paths.
 
-    The file is `name`-size-hash.npy beside `root`, in ~/.cache/dino-twins if that is read-only; the hash is of all files' names,
-    sizes and dates. Raises UserError for images that cannot be read, or leaves them out, up to 1 %.
+    The file is `name`-size-hash.npy beside `root`, in ~/.cache/dino-twins if that is read-only; the hash is
+    of all files' names, sizes and dates. Raises UserError for images that cannot be read, or leaves them out,
+    up to 1 %.
     """
     try:
         stats = [(below(root, path), os.stat(path)) for path in paths]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it") from None
-    stamp = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+    lines = [decoding.VERSION, *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)]
     folder = root.parent / ".cache"
     if not os.access(root.parent, os.W_OK):
-        folder = Path.home() / ".cache" / "dino-twins" / hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]
-    file = folder / f"{name}-{size}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
+        folder = Path.home() / ".cache" / "dino-twins" / hashed(str(root.absolute()))
+    file = folder / f"{name}-{size}-{hashed(chr(10).join(lines))}.npy"
+    title = f"decoding into {folder}"
     try:
-        with tqdm(total=len(paths), desc=f"decoding into {folder}", unit=" images", disable=file.exists()) as bar:
-            flags = decoding.decode_all(paths, size, file, lambda n: bar.update(n - bar.n))
+        with tqdm(total=len(paths), desc=title, unit=" images", disable=file.exists()) as bar:
+            flags = decoding.decode_all(paths, size, file, lambda n: bar.update(n - bar.n), resample)
         remove_old(folder, rf"{re.escape(name)}-{size}-[0-9a-f]{{16}}", file.stem)
         images = torch.from_numpy(np.load(file, mmap_mode="c"))
     except (OSError, ValueError, EOFError) as error:
@@ -98,16 +201,22 @@ def cached(root, paths, size, name, skip_bad_images=False):
         except UserError as error:
             sentence = str(error)
         sentence += f", nor {len(broken) - 1} more, such as {', '.join(broken[1:4])}" if broken[1:] else ""
+        count = f"{len(broken)} of {len(paths)} images"
         if len(broken) > 0.01 * len(paths):
-            raise UserError(f"{sentence}: {len(broken)} of {len(paths)} images are too many to leave out, mend or remove them")
+            raise UserError(f"{sentence}: {count} are too many to leave out, mend or remove them")
         if not skip_bad_images:
             raise UserError(f"{sentence}: mend or remove, or leave out with --skip_bad_images=True")
-        print(f"left out {len(broken)} of {len(paths)} images: {sentence}", flush=True)
+        print(f"left out {count}: {sentence}", flush=True)
     return images, [paths[i] for i in decoding.rows_of(flags)]
 
 
+def hashed(text):
+    """16 hexadecimal digits; file names need not be UTF-8."""
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
+
+
 def remove_old(folder, names, new):
-    """Removes caches called like `names`, of a folder as it was before, but `new` and what another process is making."""
+    """Removes caches called like `names`, of a folder as it was, but `new` and what others are making."""
     for lock in folder.glob("*.lock"):
         if re.fullmatch(names, lock.stem) and lock.stem != new:
             try:
