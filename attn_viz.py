@@ -70,7 +70,7 @@ def read_groups(text):
     """'A,B' or 'name=A:B,name=C:D' -> {name: [checkpoint, ...]}; without a name, it is that of the folder."""
     groups = {}
     for item in text.split(","):
-        path = Path(item).expanduser()
+        path = Path(item)
         named = None if path.exists() else re.match(r"([^/=]+)=(.+)$", item)
         if named:
             name, checkpoints = named[1], named[2].split(":")
@@ -87,7 +87,7 @@ def read_groups(text):
 
 def own_images(path, size):
     """One image file, or those of a folder: Split, and the files that cannot be read, which it prints."""
-    path = Path(path).expanduser()
+    path = Path(path)
     if not path.exists():
         raise UserError(f"--images={path} does not exist")
     paths = [path] if path.is_file() else image_files(path)

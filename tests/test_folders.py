@@ -2,9 +2,10 @@
 
 import os
 import pickle
-import subprocess
-import sys
+import shlex
+import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 import attn_viz
 import data
 import twins.monitor as monitor
-from twins import datasets, decoding, folders, keys
+from twins import datasets, decoding, keys
 from twins.errors import UserError
 from twins.masks import has_masks, load_masks
 
@@ -188,34 +189,53 @@ RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 )
 def test_every_pixel_type_is_scaled(kind, pixels, tmp_path):
     path = tmp_path / "a.tif"
-    if pixels.dtype == np.int16:  # Pillow cannot write it: 32 bits, cut in half and called signed
-        signed_tiff(path, pixels)
+    if pixels.dtype == np.int16:  # Pillow cannot write it
+        tiff(path, pixels)
     else:
         Image.fromarray(pixels).save(path)
     decoded = decoding.decode(path, 16).astype(float)
     assert abs(decoded - 255 * RAMP).max() <= 2, kind
 
 
-def signed_tiff(path, pixels):
-    """A little-endian TIFF of one strip, 16 bits, SampleFormat 2."""
-    height, width = pixels.shape
-    tags = {256: width, 257: height, 258: 16, 259: 1, 262: 1, 273: 200, 277: 1, 278: height, 279: pixels.nbytes}
-    tags[339] = 2
-    entries = b"".join(np.array([tag, 4], "<u2").tobytes() + np.array([1, v], "<u4").tobytes() for tag, v in tags.items())
-    head = b"II*\0" + np.array([8], "<u4").tobytes() + np.array([len(tags)], "<u2").tobytes() + entries
-    path.write_bytes(head.ljust(200, b"\0") + pixels.astype("<i2").tobytes())
+def tiff(path, pixels):
+    """A little-endian TIFF of one strip, 16 bits a channel, grey or RGB, signed or not."""
+    (height, width), n = pixels.shape[:2], pixels.size // pixels[..., 0].size if pixels.ndim == 3 else 1
+    signed = pixels.dtype == np.int16
+    tags = {256: width, 257: height, 258: 16, 259: 1, 262: 2 if n == 3 else 1, 273: 300, 277: n, 278: height}
+    tags |= {279: pixels.nbytes, 339: 2 if signed else 1}
+    entries = b""
+    for tag, value in tags.items():
+        if tag in (258, 339) and n == 3:  # a number for each channel, further down
+            entries += struct.pack("<HHII", tag, 3, 3, 200 + tag % 7 * 10)
+        else:
+            entries += struct.pack("<HHII", tag, 4, 1, value)
+    head = bytearray((b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries).ljust(300, b"\0"))
+    for tag in (258, 339):
+        struct.pack_into("<HHH", head, 200 + tag % 7 * 10, *[tags[tag]] * 3)
+    path.write_bytes(head + pixels.astype(pixels.dtype.newbyteorder("<")).tobytes())
+
+
+def png_of_16_bits(path, pixels):
+    """An RGB PNG, which Pillow cannot write with 16 bits."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", *pixels.shape[1::-1], 16, 2, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, body in chunks.items():
+        content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    path.write_bytes(content)
 
 
 def test_a_nan_and_dark_16_bit_colours_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match="a.tif cannot be read as an image .*not finite"):
+    with pytest.raises(ValueError, match=r"a.tif cannot be read as an image .*not finite"):
         decoding.decode(tmp_path / "a.tif", 4)
-    header = b"P6 4 4 65535\n"
-    (tmp_path / "b.ppm").write_bytes(header + np.full((4, 4, 3), 65000, ">u2").tobytes())
-    assert decoding.decode(tmp_path / "b.ppm", 4).min() > 250
-    (tmp_path / "b.ppm").write_bytes(header + np.full((4, 4, 3), 4000, ">u2").tobytes())
-    with pytest.raises(ValueError, match="colours have 16 bits, of which 12"):
-        decoding.decode(tmp_path / "b.ppm", 4)
+    for suffix, write in {"png": png_of_16_bits, "tif": tiff}.items():
+        path = tmp_path / f"b.{suffix}"
+        write(path, np.full((4, 4, 3), 65000, np.uint16))
+        assert decoding.decode(path, 4).min() > 250
+        write(path, np.full((4, 4, 3), 4000, np.uint16))
+        with pytest.raises(ValueError, match="colours have 16 bits, of which 12"):
+            decoding.decode(path, 4)
 
 
 def test_deep_pixels_are_said_once(tmp_path, capsys):
@@ -263,7 +283,7 @@ def test_masks_of_an_object_have_one_class(case, tmp_path):
 def test_classes_and_what_does_not_count_stay_so(tmp_path):
     mask = np.zeros((40, 40), np.uint8)
     mask[:10], mask[10:20], mask[20:30] = 1, 182, 255
-    assert load_masks("folder", masked(tmp_path, mask), 40).masks.unique().tolist() == [-1, 0, 1]+ [182]
+    assert load_masks("folder", masked(tmp_path, mask), 40).masks.unique().tolist() == [-1, 0, 1, 182]
 
 
 def test_masks_are_found_in_splits_of_other_names(tmp_path):
@@ -316,23 +336,17 @@ def test_one_image_file_for_attention(tmp_path):
 # -------------------------------------------------------------------------------------------- 7: ImageNet-32
 
 
-def test_pickled_batches_are_converted_by_the_command_in_the_sentence(tmp_path):
+def test_pickled_batches_are_converted_by_the_command_in_the_sentence(tmp_path, monkeypatch):
     for name in ("train_data_batch_1", "val_data"):
         batch = {"data": np.arange(2 * 3072, dtype=np.uint8).reshape(2, 3072), "labels": [1, 1000]}
         (tmp_path / name).write_bytes(pickle.dumps(batch))
     for split in ("train", "test"):
         with pytest.raises(UserError, match="holds pickled batches, which may run code") as error:
             datasets.load("imagenet32", tmp_path, 32, split)
-    command = str(error.value).partition("\n")[2].replace("python -c", f"{sys.executable} -c", 1)
-    monkey = subprocess.run(command, shell=True, cwd=tmp_path) if False else None
-    del monkey
-    code = command.split('"')[1]
-    here = os.getcwd()
-    os.chdir(tmp_path)
-    try:
-        exec(code, {})
-    finally:
-        os.chdir(here)
+    command = shlex.split(str(error.value).partition("\n")[2])
+    assert command[:2] == ["python", "-c"] and len(command) == 3
+    monkeypatch.chdir(tmp_path)
+    exec(command[2], {})
     for split in ("train", "test"):
         found = datasets.load("imagenet32", tmp_path, 32, split)
         assert found.labels.tolist() == [0, 999] and len(found.classes) == 1000
@@ -364,10 +378,10 @@ def test_a_fifo_is_a_sentence_and_no_hang(tmp_path):
     with pytest.raises(UserError, match=r"1.png cannot be read as an image \(it is no file\)"):
         load(tmp_path, cache_size=0)
     os.mkfifo(tmp_path / "train/masks/0.png")
-    with pytest.raises(UserError, match="0.png has no mask"):
+    with pytest.raises(UserError, match=r"0.png has no mask"):
         load_masks("folder", tmp_path, 8)
     os.mkfifo(tmp_path / "train_data_batch_1.npz")
-    with pytest.raises(UserError, match="holds no train_data_batch_1.npz"):
+    with pytest.raises(UserError, match=r"holds no train_data_batch_1.npz"):
         datasets.load("imagenet32", tmp_path, 32)
 
 

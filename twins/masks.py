@@ -85,12 +85,14 @@ def one_channel(pixels):
 def without_soft_edges(masks, root):
     """Masks of a folder, int16 arrays: 255 becomes -1, or 1 where all masks are 0, 255 and soft edges.
 
-    Antialiasing and JPEG make these edges. They are known by values above 127 beside so much 255 that it
-    cannot be what does not count. Masks of nothing but 0 and 255 are objects, too.
+    Antialiased ones are known by values above 127 beside more pixels of 255 than of all classes, or a quarter
+    of them where there are more than 20: so many do not lie outside all classes.
     """
     count = sum(np.bincount(np.maximum(mask, 0).flat, minlength=LARGEST + 1) for mask in masks)
-    soft = count[128:255].any() and 4 * count[247:256].sum() > count[9:247].sum() and not count[256:].any()
-    if soft or (count[0] and count[255] and not count[1:255].any()):
+    between = count[1:255]
+    share = between.sum() / (4 if (between > 0).sum() > 20 else 1)
+    soft = between[127:].any() and count[255] > share and not count[256:].any()
+    if soft or (count[0] and count[255] and not between.any()):
         print(f"the masks of {root} are 0 and 255: 128 and above is the object, class 1", flush=True)
         return [(mask >= 128).astype(np.int16) for mask in masks]
     return [ignoring(255)(mask).astype(np.int16) for mask in masks]
@@ -98,11 +100,11 @@ def without_soft_edges(masks, root):
 
 def voc2012(root, split):
     """PASCAL VOC 2012: root holds VOCdevkit/VOC2012 or is one of the two; 255, void, does not count."""
-    from torchvision.datasets import VOCSegmentation
-
     places = [root / "VOCdevkit" / "VOC2012", root / "VOC2012", root]
     home = next((path for path in places if (path / "JPEGImages").is_dir()), None)
     if home is None:
+        from torchvision.datasets import VOCSegmentation  # here, for the import takes a second
+
         fetch(VOCSegmentation, root, image_set="train")
         home = places[0]
     names = lines_of(home / "ImageSets" / "Segmentation" / ("train.txt" if split == "train" else "val.txt"))
@@ -156,6 +158,8 @@ def decode_mask(path, image, size, ids):
 
     try:
         with Image.open(path) as mask:
+            if mask.format == "JPEG":  # inexact numbers: black and white at most
+                mask = mask.convert("L").point(lambda value: 255 * (value > 127))
             pixels = ids(np.asarray(mask).astype(np.int32)).astype(np.int32)
         if pixels.ndim != 2:
             raise ValueError("it has colours, a mask has a number for each pixel")
