@@ -8,6 +8,7 @@ the program that needs the images:
     python decoding.py PATHS ARRAY OFFSET SIZE RESAMPLE WORKER WORKERS
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -23,11 +24,6 @@ DECODED, BROKEN = 1, 2
 BICUBIC, LANCZOS = 3, 1  # Pillow's numbers; Lanczos keeps what the second resizing of a view takes
 VERSION = "2"  # of decode(): an array of another one is made anew
 BLOCK = 256  # images written and flagged together
-
-
-def is_deep(image):
-    """Whether a Pillow image has more than 8 bits a pixel, grey."""
-    return image.mode[0] in "IF"
 
 
 def to_bytes(pixels):
@@ -51,11 +47,11 @@ def describe(path):
     """The short side of an image file and whether it has more than 8 bits a pixel; (0, False) if broken."""
     from PIL import Image
 
-    try:
-        with Image.open(path if os.path.isfile(path) else "") as image:
-            return min(image.size), is_deep(image)
-    except Exception:  # decode() names it
-        return 0, False
+    with contextlib.suppress(Exception):  # decode() names it
+        if os.path.isfile(path):
+            with Image.open(path) as image:
+                return min(image.size), image.mode[0] in "IF"
+    return 0, False
 
 
 def decode(path, size, resample=BICUBIC):
@@ -66,10 +62,11 @@ def decode(path, size, resample=BICUBIC):
         if not os.path.isfile(path):
             raise ValueError("it is no file")  # a FIFO would be waited for
         with Image.open(path) as image:
-            deep_colours = ";16" in str(image.tile) and not is_deep(image)  # Pillow keeps the upper 8 bits
+            deep = image.mode[0] in "IF"
+            deep_colours = ";16" in str(image.tile) and not deep  # Pillow keeps the upper 8 bits
             image.draft("RGB", (2 * size, 2 * size))  # JPEG: decoded at a half or less if that is enough
             image = ImageOps.exif_transpose(image)
-            if is_deep(image):
+            if deep:
                 image = Image.fromarray(to_bytes(np.asarray(image)))
             image = image.convert("RGB")
             if deep_colours and max(high for _, high in image.getextrema()) < 16:

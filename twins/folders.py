@@ -18,7 +18,8 @@ from twins.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp", ".gif", ".tif"}
 SUFFIXES |= {".tiff", ".jp2", ".j2k", ".pbm", ".pgm", ".ppm", ".pnm"}
-SPLITS = {"train": ("train", "training"), "test": ("test", "testing"), "val": ("val", "valid", "validation")}
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 IMAGES = ("images", "jpegimages")
 MASKS = ("masks", "labels", "annotations", "segmentationclass", "segmentationobject")
 
@@ -31,30 +32,16 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     one memory-mapped array, made anew when a file's name, size or date changes. s is `image_size`, or
     `cache_size` if given, 0 for cache_side(). Raises UserError where it is not clear what is meant.
     """
-    top = Path(data_dir)
-    if not top.is_dir():
+    if not Path(data_dir).is_dir():
         raise UserError(f"--data_dir={data_dir} is no folder: give the one that holds train/<class>/*.jpg")
-    top = without_masks(top)
-    found, wanted = splits(top), ("train",) if split == "train" else ("test", "val")
-    roots = [without_masks(found[kind]) for kind in wanted if kind in found]
-    if not roots and (found or split == "test"):
-        only = ", ".join(f"{path.name}/" for path in found.values())
-        only = f", only {only}: rename it, or give it as --data_dir" if only else ""
-        raise UserError(f"{top} has no {'/ or '.join(wanted)}/ folder{only}")
-    root = roots[0] if roots else top
-    if len(roots) > 1 and not has_classes(root) and has_classes(roots[1]):
-        print(f"{root} has no class folders: {roots[1]}, which has them, is used instead", flush=True)
-        root = roots[1]
+    top = without_masks(Path(data_dir))
+    found = splits(top)
+    root = split_folder(top, found, split)
     paths = image_files(root)
-
     first = [below(root, path).split(os.sep) for path in paths]
     flat, known = all(len(parts) == 1 for parts in first), first
-    others = [top / name for name in subfolders(top) if top / name not in found.values()]
-    others = [path for path in others if flat and split == "train" and path != root and walk(path)[0]]
-    if others:
-        names = " ".join(f"{path.name}/" for path in others[:5])
-        hint = f"give --data_dir={root} for it alone, or put all classes into train/"
-        raise UserError(f"{root} holds images without class folders beside {names}: {hint}")
+    if flat and split == "train":
+        refuse_others(top, root, found)
     if split == "test" and "train" in found:  # numbered as in training
         trained = without_masks(found["train"])
         known = [below(trained, path).split(os.sep) for path in walk(trained)[0]]
@@ -67,13 +54,13 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     sample = [decoding.describe(path) for path in paths[:: len(paths) // 100 + 1]]
     if any(deep for _, deep in sample):
         print("images of more than 8 bits a pixel are scaled to 8, see docs/options.md", flush=True)
-    size, name = image_size, root.name
+    size, name, resample = image_size, root.name, decoding.BICUBIC
     if cache_size is not None:
         size = cache_size or cache_side(image_size, [side for side, _ in sample])
     if size < image_size:
         raise UserError(f"--cache_size={size} is less than --image_size={image_size}: views would be blurred")
-    resample = decoding.LANCZOS if size > image_size else decoding.BICUBIC
-    name += "-crops" if size > image_size else ""
+    if size > image_size:
+        name, resample = f"{name}-crops", decoding.LANCZOS
     images, paths = cached(root, paths, size, name, skip_bad_images, resample)
     if flat:
         print(f"{root}: {len(paths)} images, no class folders", flush=True)
@@ -84,6 +71,29 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     shown = ", ".join(counts[:10]) + ", ..." * (len(counts) > 10)
     print(f"{root}: {len(paths)} images in {len(classes)} classes: {shown}", flush=True)
     return images, labels, classes
+
+
+def split_folder(top, found, split):
+    """Where the images of a split are: `found` is splits(top). Raises UserError if there is no such place."""
+    wanted = ("train",) if split == "train" else ("test", "val")
+    roots = [without_masks(found[kind]) for kind in wanted if kind in found]
+    if not roots and (found or split == "test"):
+        only = ", ".join(f"{path.name}/" for path in found.values())
+        only = f", only {only}: rename it, or give it as --data_dir" if only else ""
+        raise UserError(f"{top} has no {'/ or '.join(wanted)}/ folder{only}")
+    if len(roots) > 1 and not has_classes(roots[0]) and has_classes(roots[1]):
+        print(f"{roots[0]} has no class folders: {roots[1]}, which has them, is used instead", flush=True)
+        return roots[1]
+    return roots[0] if roots else top
+
+
+def refuse_others(top, root, found):
+    """Raises UserError for images beside `root`, a flat train/: it may be one class of several."""
+    others = [top / name for name in subfolders(top) if top / name not in [root, *found.values()]]
+    names = [f"{path.name}/" for path in others if walk(path)[0]]
+    if names:
+        hint = f"give --data_dir={root} for it alone, or put all classes into train/"
+        raise UserError(f"{root} holds images without class folders beside {' '.join(names[:5])}: {hint}")
 
 
 def cache_side(image_size, sides):
@@ -112,10 +122,11 @@ def splits(root):
     """{train, test, val: its folder in `root`}, those that are there. Raises UserError if there are two."""
     found = {}
     for name in subfolders(root):
-        for kind in (kind for kind, names in SPLITS.items() if name.lower() in names):
-            if kind in found:
-                both = f"{found[kind].name}/ and {name}/"
-                raise UserError(f"{root} holds {both}, which are the same split: rename or move one")
+        kind = SPLITS.get(name.lower())
+        if kind in found:
+            both = f"{found[kind].name}/ and {name}/"
+            raise UserError(f"{root} holds {both}, which are the same split: rename or move one")
+        if kind:
             found[kind] = root / name
     return found
 
