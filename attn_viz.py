@@ -30,10 +30,11 @@ from tqdm import tqdm
 from data import load
 from twins.attention import attend, describe, divergences, keep_mass, near_uniform
 from twins.backbones import configure_evaluation, load_backbone, output_folder, random_like, trained_on
-from twins.datasets import Split, decode, image_files
+from twins.datasets import Split
 from twins.errors import UserError
 from twins.evaluation_pictures import attention_picture, divergence_picture
 from twins.files import git_state, write_file
+from twins.folders import decode, image_files
 from twins.masks import has_masks, load_masks
 from twins.permutation import permutation_test, sentence
 from twins.pictures import printed
@@ -69,7 +70,7 @@ def read_groups(text):
     """'A,B' or 'name=A:B,name=C:D' -> {name: [checkpoint, ...]}; without a name, it is that of the folder."""
     groups = {}
     for item in text.split(","):
-        path = Path(item).expanduser()
+        path = Path(item)
         named = None if path.exists() else re.match(r"([^/=]+)=(.+)$", item)
         if named:
             name, checkpoints = named[1], named[2].split(":")
@@ -86,10 +87,10 @@ def read_groups(text):
 
 def own_images(path, size):
     """One image file, or those of a folder: Split, and the files that cannot be read, which it prints."""
-    path = Path(path).expanduser()
+    path = Path(path)
     if not path.exists():
         raise UserError(f"--images={path} does not exist")
-    paths = [path] if path.is_file() else image_files(path)[0]
+    paths = [path] if path.is_file() else image_files(path)
     decoded, broken = [], []
     for file in paths:
         try:

@@ -1,4 +1,4 @@
-"""Batches and held-out images of a data set, and multi-crop views made for a whole batch at once, on the device.
+"""Batches and held-out images of a data set, and multi-crop views made for a whole batch at once.
 
 A data set is `images` uint8 [n 3 s s] and `labels` int64 [n]. A view is a random crop, flip, colour jitter,
 grey, blur and solarize (BYOL's augmentation, 2006.07733 appendix B, as DINO uses it), every image with its
@@ -20,13 +20,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from twins.datasets import constant, from_bytes, load, normalise, to_device  # noqa: F401 - load is for the scripts
+from twins.datasets import constant, from_bytes, normalise, to_device
+from twins.datasets import load as load  # for the scripts
 from twins.errors import UserError
 from twins.processes import batch_rand, shard, world
 
 
 def training_split(data, knn_bank, knn_queries, batch_size):
-    """Which images to train on, and which are the k-NN monitor's bank (of those with a label) and queries: three int64 [m].
+    """Which images to train on, and the k-NN monitor's bank and queries, with labels: three int64 [m].
 
     Queries are from a 10 % of the labelled images that is held out of training, the same for every run and
     seed. Without labels there are no queries and nothing is held out. Raises UserError when a batch is larger
@@ -42,20 +43,21 @@ def training_split(data, knn_bank, knn_queries, batch_size):
     kept = order[~torch.isin(order, held)]
     if batch_size > len(kept):
         raise UserError(
-            f"--batch_size={batch_size} is larger than the {len(kept)} images to train on ({n} less what is held out)"
+            f"--batch_size={batch_size} is larger than the {len(kept)} images to train on "
+            f"({n} less what is held out)"
         )
     return kept, labelled[len(held) :][:knn_bank], held[:knn_queries]
 
 
 def fingerprint(data):
-    """A hash of a Split's size, labels and one pixel of every image, so that a resumed run notices other data."""
+    """A hash of a Split's size, labels and a pixel of every image: a resumed run notices other data."""
     content = [str(tuple(data.images.shape)).encode(), data.images[:, 0, 0, 0].numpy().tobytes()]
     content += [] if data.labels is None else [data.labels.numpy().tobytes()]
     return hashlib.sha256(b"".join(content)).hexdigest()
 
 
 class Batches:
-    """Batches(...)(step): the images of a step, uint8 [b 3 s s] on `device`; of several processes each has its part.
+    """Batches(...)(step): the images of a step, uint8 [b 3 s s] on `device`; each process has its part.
 
     Images of up to `memory_gib` are held on the device; of a larger set batches are read two steps ahead, in
     the background, from the file where a `folder` is kept, from memory for the other data sets.
@@ -88,7 +90,7 @@ class Batches:
 
 
 class Crop(NamedTuple):
-    """What a view is drawn from: its side in pixels, its share of the image's area, probability of blur and solarize."""
+    """A view's side in pixels, its share of the image's area, its probability of blur and of solarize."""
 
     size: int
     scale: tuple[float, float]
@@ -108,7 +110,7 @@ def batch_indices(n, batch_size, seed, step):
 
 
 def view_features(backbone, views):
-    """A ViT's [CLS] features "(v b) d" of views, a list of [b 3 s s]; views of one size go through it together.
+    """A ViT's [CLS] features "(v b) d" of views, a list of [b 3 s s]; those of one size go together.
 
     Drop path gets the random numbers that one process would draw for the whole batch.
     """
@@ -151,7 +153,7 @@ def multi_crop(images, crops, seed, step):
 
 
 def draw(b, side, crop, rng):
-    """The parameters of `b` views, each [b]; an operation that is not drawn gets the value that changes nothing."""
+    """The parameters of `b` views, each [b]; those of an operation that is not drawn change nothing."""
 
     def uniform(low, high, *shape):
         return torch.from_numpy(rng.uniform(low, high, (b, *shape))).to(torch.get_default_dtype())
@@ -159,7 +161,7 @@ def draw(b, side, crop, rng):
     def happens(probability):
         return uniform(0, 1) < probability
 
-    # as torchvision's RandomResizedCrop: ten tries to fit a box of random area and shape, else the whole image
+    # as torchvision's RandomResizedCrop: ten tries to fit a box of random area and shape, else all of it
     area, ratio = side**2 * uniform(*crop.scale, 10), uniform(np.log(3 / 4), np.log(4 / 3), 10).exp()
     width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (width >= 1) & (width <= side) & (height >= 1) & (height <= side)
@@ -201,7 +203,7 @@ def augment(images, p, order, size):
 
 
 def resized_crop(x, left, top, width, height, flip, size):
-    """Boxes of float images [b 3 s s] resized to [b 3 size size], bicubic, antialiased; mirrored where `flip`.
+    """Boxes of images, floats [b 3 s s], resized to [b 3 size size]; mirrored where `flip`.
 
     Two products with matrices of interpolation weights; equal to torchvision's resized_crop(BICUBIC,
     antialias=True).
@@ -215,9 +217,10 @@ def resized_crop(x, left, top, width, height, flip, size):
 
 
 def interpolation(start, length, size, side):
-    """[b size side]: the weight of pixel j of a row in pixel i of its piece [start, start + length) resized to `size`.
+    """[b size side]: the weight of a row's pixel j in pixel i of its piece, resized to `size`.
 
-    Keys' cubic kernel with a = -1/2, as wide as an output pixel where that is larger than an input pixel.
+    The piece is [start, start + length). Keys' cubic kernel with a = -1/2, as wide as an output pixel where
+    that is larger than an input pixel.
     """
     pixel = torch.arange(side, device=start.device) - start[:, None]  # [b j], from the piece's start
     scale = (length / size)[:, None, None]
@@ -252,7 +255,10 @@ def saturation(x, factor):
 
 
 def hue(x, turn):
-    """Turns the hue of [b 3 s s] by `turn` [b] circles, in HSV: f(n) = V - C max(0, min(k, 4 - k, 1)), k = (n + 6H) mod 6."""
+    """Turns the hue of [b 3 s s] by `turn` [b] circles.
+
+    In HSV: f(n) = V - C max(0, min(k, 4 - k, 1)), k = (n + 6H) mod 6.
+    """
     red, green, blue = x.unbind(1)
     value, low = x.amax(1), x.amin(1)
     chroma = value - low
@@ -276,7 +282,7 @@ def solarize(x):
 
 
 def blur(x, sigma):
-    """Gaussian blur of [b 3 v v] with `sigma` [b] pixels, 13 taps, borders reflected; two matrix products, as a crop is."""
+    """Gaussian blur of [b 3 v v] with `sigma` [b] pixels, 13 taps, borders reflected: two matrix products."""
     size = x.shape[-1]
     reach = min(6, size - 1)
     offset = torch.arange(-reach, reach + 1, device=x.device)

@@ -51,6 +51,7 @@ wd = 0.04  # weight decay at the start; none on biases and norms [0..]
 wd_end = 0.4  # weight decay at the end of its cosine schedule [0..]
 grad_clip = 3.0  # largest gradient norm of each parameter tensor; 0: no clipping [0..]
 image_size = 32  # pixels, of images and global views [1..]
+cache_size = 0  # pixels, of a folder's images before views are cut; 0: 1.6 x image_size, or their own [0..]
 local_size = 16  # pixels, of local views [1..]
 n_local = 6  # local views per image [0..]
 global_scale = (0.4, 1.0)  # share of an image's area in a global view [0.001..1]
@@ -180,7 +181,7 @@ if __name__ == "__main__":
     init_state = start_from(globals(), ViT) if init and not resume else None
     for size in (image_size, local_size):
         check_size(size, patch_size)
-    data = load(dataset, data_dir, image_size, skip_bad_images=skip_bad_images)
+    data = load(dataset, data_dir, image_size, "train", skip_bad_images, cache_size)
     train_indices, bank, queries = training_split(data, knn_bank, knn_queries, batch_size)
     batches = Batches(data.images, train_indices, batch_size, seed, device, memory_gib)
     steps_per_epoch = len(train_indices) // batch_size

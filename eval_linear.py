@@ -139,8 +139,8 @@ if __name__ == "__main__":
     report.update(training_images=len(labels), test_images=len(test_labels))
     report.update(checkpoint=about, results=results)
     report.update(torch=torch.__version__, device=str(device), **git_state())
-    if Path(ckpt).expanduser().is_file():
-        report["sha256"] = sha256(Path(ckpt).expanduser().read_bytes())
+    if Path(ckpt).is_file():
+        report["sha256"] = sha256(Path(ckpt).read_bytes())
     file = output_folder(config, ckpt, dataset) / "eval_linear.json"
     write_file(file, json.dumps(report, indent=1))
     network = about.get("network", "random weights")

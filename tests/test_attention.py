@@ -18,6 +18,7 @@ from test_run import refused
 from twins.attention import attend, describe, divergence, divergences, jaccard, keep_mass
 from twins.datasets import normalise
 from twins.errors import UserError
+from twins.keys import Option, convert
 from vit import ViT
 
 CPU, FLOAT32 = torch.device("cpu"), torch.autocast("cpu", enabled=False)
@@ -243,4 +244,5 @@ def test_home_folders_ascii_terminals_and_notebooks(tmp_path):
 def test_a_home_folder_in_ckpt(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "lr=3").mkdir()
-    assert read_groups("~/lr=3") == {"lr=3": ["~/lr=3"]}
+    given = convert("ckpt", Option("", ""), "~/lr=3")
+    assert read_groups(given) == {"lr=3": [str(tmp_path / "lr=3")]}

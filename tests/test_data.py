@@ -15,8 +15,8 @@ from PIL import Image
 from conftest import ROOT
 from data import Batches, batch_indices, load
 from twins import decoding
-from twins.datasets import decode
 from twins.errors import UserError
+from twins.folders import decode
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ OWN = {
     ("dino.py", "Network"): "a head, no projector",
     ("barlow.py", "proj_dim"): "its only Z, wider than a hybrid's second one",
 }
-SHARED = ["dataset", "data_dir", "out_dir", "preset", "skip_bad_images", "memory_gib", "resume", "init", "seed", "device", "dtype", "compile", "epochs", "max_steps", "batch_size", "base_lr", "min_lr", "warmup_epochs", "wd", "wd_end", "grad_clip", "image_size", "local_size", "n_local", "global_scale", "local_scale", "blur", "patch_size", "dim", "depth", "heads", "drop_path", "knn_bank", "knn_queries", "eval_every", "save_every", "log_every", "logger"]
+SHARED = ["dataset", "data_dir", "out_dir", "preset", "skip_bad_images", "memory_gib", "resume", "init", "seed", "device", "dtype", "compile", "epochs", "max_steps", "batch_size", "base_lr", "min_lr", "warmup_epochs", "wd", "wd_end", "grad_clip", "image_size", "cache_size", "local_size", "n_local", "global_scale", "local_scale", "blur", "patch_size", "dim", "depth", "heads", "drop_path", "knn_bank", "knn_queries", "eval_every", "save_every", "log_every", "logger"]
 OWN_PRESETS = ("n_local",)  # Barlow Twins has two views
 
 

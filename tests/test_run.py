@@ -19,6 +19,7 @@ from conftest import ROOT, SCRIPTS, tiny
 from twins import datasets, decoding, files
 from twins.errors import UserError
 from twins.files import read_checkpoint
+from twins.folders import decode
 from vit import ViT
 
 
@@ -239,7 +240,7 @@ def test_a_broken_cache_is_made_anew_and_classes_are_the_trained_ones(tmp_path):
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    assert abs(int(datasets.decode(tmp_path / "ramp.png", 16).mean()) - 127) < 2
+    assert abs(int(decode(tmp_path / "ramp.png", 16).mean()) - 127) < 2
 
 
 def test_a_flat_folder_trains_without_labels(train, tmp_path):

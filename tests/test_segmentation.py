@@ -181,7 +181,7 @@ def test_masks_that_cannot_be_are_named(photographs):
         load_masks("imagenet9", root, 32)
     with pytest.raises(UserError, match=r"train-semi-segmentation/.*ImageNetS50"):
         load_masks("imagenet_s", root, 32)
-    save(root / "train" / "masks" / "0.png", np.zeros((40, 60, 3)))
+    save(root / "train" / "masks" / "0.png", np.arange(7200).reshape(40, 60, 3) % 7)
     with pytest.raises(UserError, match=r"0.png cannot be read as a mask .*colours"):
         load_masks("folder", root, 32)
     (root / "train" / "masks" / "0.png").write_bytes(b"no image")
@@ -191,15 +191,11 @@ def test_masks_that_cannot_be_are_named(photographs):
     with pytest.raises(UserError, match=r"0.png is 70 x 30 pixels, its image 60 x 40"):
         load_masks("folder", root, 32)
     Image.fromarray(np.full((40, 60), 40_000, np.uint16)).save(root / "train" / "masks" / "0.png")
-    with pytest.raises(
-        UserError, match=r"0.png cannot be read as a mask .*class 40000, 32767 is the largest"
-    ):
+    with pytest.raises(UserError, match=r"0.png cannot be read as a mask .*class 40000, 1000 is the largest"):
         load_masks("folder", root, 32)
     for i in range(2):
-        save(root / "train" / "masks" / f"{i}.png", 255 * (np.arange(2400).reshape(40, 60) % 2))
-    with pytest.raises(
-        UserError, match=r"hold no object, only background: 255 .*divide masks of 0 and 255 by 255"
-    ):
+        save(root / "train" / "masks" / f"{i}.png", np.zeros((40, 60)))
+    with pytest.raises(UserError, match=r"hold no object, only background"):
         load_masks("folder", root, 32)
     (root / "train" / "masks" / "0.png").unlink()
     with pytest.raises(UserError, match=r"0.jpg has no mask: .*0.png is not there"):

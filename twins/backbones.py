@@ -22,9 +22,6 @@ def configure_evaluation(script, argv=None):
     if given["ckpt"] == "random":
         config.update(preset)
     config.update(given)
-    for name in ("data_dir", "out_dir"):
-        if config[name]:
-            config[name] = str(Path(config[name]).expanduser())
     config = {name: convert(name, options[name], value) for name, value in config.items()}
     script.update(config)
     return config
@@ -36,7 +33,7 @@ def load_backbone(config, device, vit):
     vit: the class to build, unless a run's checkpoint names another one in a file beside the scripts. Raises
     UserError for what is neither a run, an export folder, a file of weights nor 'random'.
     """
-    path, about = Path(config["ckpt"]).expanduser(), {"ckpt": config["ckpt"]}
+    path, about = Path(config["ckpt"]), {"ckpt": config["ckpt"]}
     if config["ckpt"] == "random":
         args = {name: config[name] for name in ("patch_size", "dim", "depth")}
         args.update(heads=config["heads"] or 3, image_size=config["image_size"] or 32)
@@ -72,6 +69,6 @@ def trained_on(config, about):
 
 def output_folder(config, ckpt, dataset):
     """Where results go: --out_dir, else next to the checkpoint."""
-    path = Path(ckpt).expanduser()
+    path = Path(ckpt)
     beside = f"out/random-{dataset}" if ckpt == "random" else path if path.is_dir() else path.parent
     return Path(config["out_dir"] or beside)

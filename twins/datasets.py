@@ -1,13 +1,12 @@
-"""Data sets as one tensor: CIFAR, ImageNet-32, STL-10, folders of photographs with their cache, and shapes made in memory.
+"""Data sets as one tensor: CIFAR, ImageNet-32, STL-10, folders of photographs, and shapes made in memory.
 
 Letters in shapes:  n images  s image side
 """
 
 import functools
-import hashlib
 import os
-import re
 import socket
+import zipfile
 from math import pi
 from pathlib import Path
 from typing import NamedTuple
@@ -18,11 +17,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from twins import decoding
 from twins.errors import UserError
+from twins.folders import folder
 
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet32", "stl10", "folder")
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
+CONVERT = """python -c "import glob, numpy, pickle
+for name in glob.glob('*_data*'):
+    batch = pickle.load(open(name, 'rb'))
+    numpy.savez(name, data=batch['data'], labels=batch['labels'])\""""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set: one model fits all
 
 
@@ -31,15 +33,18 @@ class Split(NamedTuple):
     labels: torch.Tensor | None  # int64 [n], -1 where there is none; None: a flat folder
     classes: list[str]
     masks: torch.Tensor | None = None  # uint8 [n s s], 1 on the object; only `shapes` has them
+    image_size: int = 0  # pixels that a network is evaluated with; 0: s
 
 
-def load(dataset, data_dir, image_size, split="train", skip_bad_images=False):
+def load(dataset, data_dir, image_size, split="train", skip_bad_images=False, cache_size=None):
     """One split, 'train' or 'test', of a data set, every image `image_size` pixels square.
 
+    Photographs of a `folder` that views are cut from have `cache_size` pixels, 0 for about 1.6 x image_size.
     Raises UserError for an unknown data set, absent or broken files, and a download that fails.
     """
     if dataset == "folder":
-        return folder(data_dir, image_size, split, skip_bad_images)
+        found = folder(data_dir, image_size, split, skip_bad_images, cache_size)
+        return Split(*found, image_size=image_size)
     if dataset not in DATASETS:
         raise UserError(f"--dataset={dataset} is unknown: choose one of {', '.join(DATASETS)}")
     if dataset == "shapes":
@@ -55,18 +60,20 @@ def load(dataset, data_dir, image_size, split="train", skip_bad_images=False):
 
 
 def resize(images, size, mode):
-    antialias = mode == "bilinear"
-    return torch.cat([F.interpolate(chunk, size=(size, size), mode=mode, antialias=antialias) for chunk in images.split(1024)])
+    """Images uint8 [n c s s] -> [n c size size]; antialiased, but for the mode 'nearest'."""
+    shape, antialias = (size, size), mode != "nearest"
+    chunks = images.split(1024)
+    return torch.cat([F.interpolate(chunk, size=shape, mode=mode, antialias=antialias) for chunk in chunks])
 
 
 def to_device(x, device):
-    """A CPU tensor on the device. A GPU takes it from pinned memory when it gets there; the program does not wait for that."""
+    """A CPU tensor on the device. A GPU takes it from pinned memory when it gets there; nobody waits."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 @functools.cache
 def constant(values, device, dtype):
-    """The tensor of a tuple of numbers, copied to the device once, for a GPU is waited for while that is done."""
+    """The tensor of a tuple of numbers, copied to the device once: the copy waits for a GPU."""
     return torch.tensor(values, device=device, dtype=dtype)
 
 
@@ -82,22 +89,24 @@ def normalise(x):
 
 
 def shapes(split):
-    """12,000 training or 2,000 test images made in seconds: a textured object on a smooth background, with its mask.
+    """12,000 training or 2,000 test images made in seconds: a textured object on a smooth ground.
 
-    The class is the texture, for it survives crops and colour jitter: stripes (three orientations, two widths), checks
-    (two widths), rings, plain. Outline (disk, square, diamond), place, size, colours and phase are random. Strong tints would
-    be what a small ViT learns instead, so colours are greys with a tint of at most 0.15.
+    The class is the texture, for it survives crops and colour jitter: stripes (three orientations, two
+    widths), checks (two widths), rings, plain. Outline (disk, square, diamond), place, size, colours and
+    phase are random. Strong tints would be what a small ViT learns instead, so colours are greys with a tint
+    of at most 0.15.
     """
     n, seed = {"train": (12_000, 0), "test": (2_000, 1)}[split]
     g = torch.Generator().manual_seed(seed)
     painted = [paint_shapes(500, g) for _ in range(n // 500)]  # few at a time stay in a core's cache
     images, labels, masks = (torch.cat(part) for part in zip(*painted, strict=True))
-    names = [f"{width} {a} stripes" for width in ("fine", "coarse") for a in ("vertical", "horizontal", "diagonal")]
+    ways = ("vertical", "horizontal", "diagonal")
+    names = [f"{width} {way} stripes" for width in ("fine", "coarse") for way in ways]
     return Split(images, labels, [*names, "fine checks", "coarse checks", "rings", "plain"], masks)
 
 
 def paint_shapes(n, g):
-    """`n` images uint8 [n 3 s s] of shapes(), with labels [n] and masks [n s s], drawn from the generator `g`."""
+    """`n` images uint8 [n 3 s s] of shapes(), labels [n] and masks [n s s], drawn from the generator `g`."""
     size = 32
 
     def uniform(low, high, *shape):
@@ -120,10 +129,12 @@ def paint_shapes(n, g):
     stripes = (turn * along + phase).sin()
     checks = 2 * (turn * x + phase).sin() * (turn * y + phase_y).sin()
     rings = (2 * pi / 5 * radius + phase).sin()
-    wave = torch.where(label < 6, stripes, torch.where(label < 8, checks, torch.where(label == 8, rings, 1.0)))
+    rings_or_plain = torch.where(label == 8, rings, 1.0)
+    wave = torch.where(label < 6, stripes, torch.where(label < 8, checks, rings_or_plain))
 
     shade = (wave.clamp(-1, 1)[:, None] + 1) / 2  # [n 1 s s]
-    dark, light = uniform(0.1, 0.3, 1) + uniform(-0.15, 0.15, 3), uniform(0.7, 0.9, 1) + uniform(-0.15, 0.15, 3)
+    dark = uniform(0.1, 0.3, 1) + uniform(-0.15, 0.15, 3)
+    light = uniform(0.7, 0.9, 1) + uniform(-0.15, 0.15, 3)
     texture = dark + (light - dark) * shade
     corner, slope = uniform(0.4, 0.6, 1) + uniform(-0.15, 0.15, 3), uniform(-0.3, 0.3, 1, 2)
     ground = corner + slope[:, :, 0] * y[:, None] / size + slope[:, :, 1] * x[:, None] / size
@@ -132,7 +143,7 @@ def paint_shapes(n, g):
 
 
 def torchvision_set(name, data_dir, split):
-    """CIFAR-10, CIFAR-100 or STL-10, whose training part is joined by its 100,000 images without a label (-1)."""
+    """CIFAR-10, CIFAR-100 or STL-10; the latter's training part has 100,000 images without a label (-1)."""
     from torchvision.datasets import CIFAR10, CIFAR100, STL10  # here, for the import takes a second
 
     if name == "stl10":
@@ -158,143 +169,47 @@ def fetch(kind, data_dir, **which):
         try:
             return kind(data_dir, **which, download=True)
         except (OSError, RuntimeError) as error:
-            where, url = getattr(kind, "base_folder", ""), getattr(kind, "url", "the address in torchvision's documentation")
+            where = getattr(kind, "base_folder", "")
+            url = getattr(kind, "url", "the address in torchvision's documentation")
             raise UserError(
-                f"{data_dir}/{where} holds no whole copy of {kind.__name__}, and its download failed ({error}). Put the unpacked files "
-                f"there (from {url}), or use --dataset=shapes, which needs no files."
+                f"{data_dir}/{where} holds no whole copy of {kind.__name__}, and its download failed "
+                f"({error}). Put the unpacked files there (from {url}), or use --dataset=shapes, which needs "
+                "no files."
             ) from None
 
 
 def imagenet32(root, split):
-    """Downsampled ImageNet (1707.08819) as published: npz files of `data` uint8 [n 3072] and `labels` from 1."""
+    """Downsampled ImageNet (1707.08819) as published: npz of `data` uint8 [n 3072] and `labels` from 1."""
     names = sorted(root.glob("train_data_batch_*.npz"), key=lambda p: (len(p.name), p.name))
     files = names if split == "train" else [root / "val_data.npz"]
-    if not files or not files[0].exists():
+    if (root / "train_data_batch_1").exists() and not names:
+        raise UserError(f"{root} holds pickled batches, which may run code: convert them there by\n{CONVERT}")
+    if not files or not files[0].is_file():
         raise UserError(
-            f"{root} holds no {files[0].name if files else 'train_data_batch_1.npz'}: get the npz files of the 32 x 32 images from "
-            "https://image-net.org/download-images, after signing in, and unpack them there"
+            f"{root} holds no {files[0].name if files else 'train_data_batch_1.npz'}: get the npz files of "
+            "the 32 x 32 images from https://image-net.org/download-images, after signing in, and unpack "
+            "them there"
         )
     images, labels = [], []
     for file in tqdm(files, f"reading {root}", unit=" files", disable=len(files) < 2):
         try:
+            with zipfile.ZipFile(file) as archive:
+                gib = sum(part.file_size for part in archive.infolist()) / 2**30
+            if gib > 4:
+                raise ValueError(f"it unpacks to {gib:.3g} GiB")
             with np.load(file, allow_pickle=False) as content:
                 pixels, classes = content["data"], np.asarray(content["labels"])
         except Exception as error:  # numpy and zipfile raise many kinds for broken files
             raise UserError(f"{file} is no whole batch of ImageNet-32 ({error}): download it again") from None
         if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
-            raise UserError(f"{file} holds data {pixels.dtype} {list(pixels.shape)}, not uint8 [n 3072]: 32 x 32 images are needed")
+            found = f"{pixels.dtype} {list(pixels.shape)}"
+            raise UserError(f"{file} holds data {found}, not uint8 [n 3072]: 32 x 32 images are needed")
         if classes.shape != pixels.shape[:1] or classes.dtype.kind not in "iu" or (classes < 1).any():
             few = f"{classes.dtype} {list(classes.shape)}, the first {classes.flat[0]}"
             raise UserError(f"{file} has labels {few}: a number for each image, counted from 1, is needed")
+        if classes.max() > 1000:
+            raise UserError(f"{file} has a label {classes.max()}: ImageNet has 1000 classes")
         images.append(torch.from_numpy(pixels.reshape(-1, 3, 32, 32)))
         labels.append(torch.from_numpy(classes.astype(np.int64) - 1))
     labels = torch.cat(labels)
     return Split(torch.cat(images), labels, [str(i + 1) for i in range(int(labels.max()) + 1)])
-
-
-def folder(data_dir, image_size, split, skip_bad_images=False):
-    """Photographs of any size in data_dir/train/<class>/*, data_dir/{test,val}/<class>/*, or flat without labels.
-
-    Decoded once, short side resized to `image_size`, centre cropped; kept in data_dir/.cache (in ~/.cache/dino-twins if
-    data_dir is read-only) as one memory-mapped array, made anew when a file's name, size or date changes.
-    """
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise UserError(f"--data_dir={data_dir} is no folder: give the one that holds train/<class>/*.jpg")
-    names = ["train"] if split == "train" else ["test", "val"]
-    root = next((root / name for name in names if (root / name).is_dir()), root)
-    if split == "test" and root == Path(data_dir):
-        raise UserError(f"{data_dir} has no test/ or val/ folder")
-    paths, others = image_files(root)
-    if not paths:
-        found = f"{others} files, none with an image's name ({' '.join(sorted(SUFFIXES))})" if others else "nothing"
-        raise UserError(f"{root} holds {found}: put images into {root}/<class>/")
-
-    first = [below(root, path).split(os.sep) for path in paths]
-    flat = all(len(parts) == 1 for parts in first)
-    known = first
-    if split == "test" and (Path(data_dir) / "train").is_dir():  # numbered as in training
-        trained = Path(data_dir) / "train"
-        known = [below(trained, path).split(os.sep) for path in image_files(trained)[0]]
-    classes = [] if flat else sorted({parts[0] for parts in known if len(parts) > 1})
-    stray = next((p for p, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes), None)
-    if stray:
-        raise UserError(f"{stray} is in none of the {len(classes)} class folders: move it into one, or make all of them flat")
-    images, paths = cached(root, paths, image_size, root.name, skip_bad_images)
-    number = {name: i for i, name in enumerate(classes)}
-    labels = None if flat else torch.tensor([number[below(root, path).split(os.sep)[0]] for path in paths])
-    return Split(images, labels, classes)
-
-
-def below(root, path):
-    """`path`, which begins with `root`, without it; pathlib takes ten times as long, a second for 100,000 files."""
-    return path[len(str(root)) + 1 :]
-
-
-def image_files(root):
-    """The images below `root` in order, by name, and how many other files there are."""
-    paths, others = [], 0
-    for parent, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        images = [name for name in sorted(files) if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
-        paths += [os.path.join(parent, name) for name in images]
-        others += len(files) - len(images)
-    return paths, others
-
-
-def cached(root, paths, size, name, skip_bad_images=False):
-    """Images at `paths` as a uint8 tensor [n 3 size size] on a memory-mapped file, decoded if it is not there yet, and their paths.
-
-    The file is `name`-size-hash.npy beside `root`, in ~/.cache/dino-twins if that is read-only; the hash is of all files' names,
-    sizes and dates. Raises UserError for images that cannot be read, or leaves them out, up to 1 %.
-    """
-    try:
-        stats = [(below(root, path), os.stat(path)) for path in paths]
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it") from None
-    stamp = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
-    folder = root.parent / ".cache"
-    if not os.access(root.parent, os.W_OK):
-        folder = Path.home() / ".cache" / "dino-twins" / hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]
-    file = folder / f"{name}-{size}-{hashlib.sha256(stamp.encode()).hexdigest()[:16]}.npy"
-    try:
-        with tqdm(total=len(paths), desc=f"decoding into {folder}", unit=" images", disable=file.exists()) as bar:
-            flags = decoding.decode_all(paths, size, file, lambda n: bar.update(n - bar.n))
-        remove_old(folder, rf"{re.escape(name)}-{size}-[0-9a-f]{{16}}", file.stem)
-        images = torch.from_numpy(np.load(file, mmap_mode="c"))
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"the cache {file} cannot be made or read: {error}") from None
-    broken = [path for path, flag in zip(paths, flags, strict=True) if flag == decoding.BROKEN]
-    if broken:
-        try:
-            decode(broken[0], size)
-            sentence = f"{broken[0]} could not be read when {file} was made"
-        except UserError as error:
-            sentence = str(error)
-        sentence += f", nor {len(broken) - 1} more, such as {', '.join(broken[1:4])}" if broken[1:] else ""
-        if len(broken) > 0.01 * len(paths):
-            raise UserError(f"{sentence}: {len(broken)} of {len(paths)} images are too many to leave out, mend or remove them")
-        if not skip_bad_images:
-            raise UserError(f"{sentence}: mend or remove, or leave out with --skip_bad_images=True")
-        print(f"left out {len(broken)} of {len(paths)} images: {sentence}", flush=True)
-    return images, [paths[i] for i in decoding.rows_of(flags)]
-
-
-def remove_old(folder, names, new):
-    """Removes caches called like `names`, of a folder as it was before, but `new` and what another process is making."""
-    for lock in folder.glob("*.lock"):
-        if re.fullmatch(names, lock.stem) and lock.stem != new:
-            try:
-                with decoding.locked(lock, wait=False):
-                    for suffix in (".npy", ".npy.part", ".flags", ".paths"):
-                        lock.with_suffix(suffix).unlink(missing_ok=True)
-            except OSError:  # another's
-                pass
-
-
-def decode(path, size):
-    """One image file -> uint8 [3 size size]. Raises UserError, naming the file."""
-    try:
-        return decoding.decode(path, size)
-    except ValueError as error:
-        raise UserError(error) from None

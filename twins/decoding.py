@@ -1,13 +1,14 @@
-"""Image files decoded once, by all cores, into one array on disk: for folders of any size, and killed at any time.
+"""Image files decoded once, by all cores, into one array on disk: any number of files, killed at any time.
 
-Next to the array <name>.npy, uint8 [n 3 s s], lies <name>.flags, a byte for each file (not decoded yet, decoded or
-broken), and then a checksum. An array that is not whole yet is called <name>.npy.part, and the next start goes on
-with it. A worker is this file run as a script, without torch, so that it starts in a moment and asks nothing of the
-program that needs the images:
+Next to the array <name>.npy, uint8 [n 3 s s], lies <name>.flags, a byte for each file (not decoded yet,
+decoded or broken), and then a checksum. An array that is not whole yet is called <name>.npy.part, and the
+next start goes on with it. A worker is this file run as a script, without torch, so that it starts in a
+moment and asks nothing of the program that needs the images:
 
-    python decoding.py PATHS ARRAY OFFSET SIZE WORKER WORKERS
+    python decoding.py PATHS ARRAY OFFSET SIZE RESAMPLE WORKER WORKERS
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -22,29 +23,66 @@ import numpy as np
 
 DECODED, BROKEN = 1, 2
 CHECKED = 2**31  # bytes of an array whose checksum is worth the time at every start, a second
+BICUBIC, LANCZOS = 3, 1  # Pillow's numbers; Lanczos keeps what the second resizing of a view takes
+VERSION = "2"  # of decode(): an array of another one is made anew
 BLOCK = 256  # images written and flagged together
 
 
-def decode(path, size):
-    """One image file -> uint8 [3 size size], the short side resized, the middle kept. Raises ValueError, naming the file."""
+def to_bytes(pixels):
+    """Grey pixels [h w] of more than 8 bits -> uint8, which convert() would clip. ValueError for a NaN.
+
+    White is 1 (of floats alone), 255, 4095 or 65535, the first that no pixel exceeds. Where there is none, or
+    a pixel is negative, the smallest pixel is black and the largest is white.
+    """
+    whites = (1, 255, 4095, 65535) if pixels.dtype.kind == "f" else (255, 4095, 65535)
+    pixels = pixels.astype(np.float64)
+    low, high = pixels.min(), pixels.max()
+    if not np.isfinite(high - low):
+        raise ValueError("its pixels are not finite")
+    white = next((white for white in whites if low >= 0 and high <= white), None)
+    if white is None:
+        pixels, white = pixels - low, max(high - low, 1e-9)
+    return (pixels * (255 / white)).round().astype(np.uint8)
+
+
+def describe(path):
+    """The short side of an image file and whether it has more than 8 bits a pixel; (0, False) if broken."""
+    from PIL import Image
+
+    with contextlib.suppress(Exception):  # decode() names it
+        if os.path.isfile(path):
+            with Image.open(path) as image:
+                return min(image.size), image.mode[0] in "IF"
+    return 0, False
+
+
+def decode(path, size, resample=BICUBIC):
+    """One image file -> uint8 [3 size size]: short side resized, middle kept. ValueError names the file."""
     from PIL import Image, ImageOps
 
     try:
+        if not os.path.isfile(path):
+            raise ValueError("it is no file")  # a FIFO would be waited for
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode at a half, a quarter or an eighth if that is enough
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            deep = image.mode[0] in "IF"
+            deep_colours = ";16" in str(image.tile) and not deep  # Pillow keeps the upper 8 bits
+            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decoded at a half or less if that is enough
+            image = ImageOps.exif_transpose(image)
+            if deep:
+                image = Image.fromarray(to_bytes(np.asarray(image)))
+            image = image.convert("RGB")
+            if deep_colours and max(high for _, high in image.getextrema()) < 16:
+                raise ValueError("its colours have 16 bits, of which 12 or fewer are used: convert it to 8")
+            image = ImageOps.fit(image, (size, size), resample)
     except Exception as error:  # Pillow raises many kinds for broken files
         raise ValueError(f"{path} cannot be read as an image ({error})") from None
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def decode_all(paths, size, file, progress):
+def decode_all(paths, size, file, progress, resample=BICUBIC):
     """Decodes `paths` into `file`, uint8 [n 3 size size], unless it is there. Returns the flags, uint8 [n].
 
-    `progress` is called with the number of images decoded so far. Raises OSError when the disk does not take them.
+    `progress` is called with the number of images decoded so far. Raises OSError when the disk is full.
     """
     flags, part = file.with_suffix(".flags"), Path(f"{file}.part")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -61,9 +99,11 @@ def decode_all(paths, size, file, progress):
         offset = np.load(part, mmap_mode="r").offset
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         count = min(cores, -(-len(paths) // BLOCK))
-        command = [sys.executable, __file__, names, part, offset, size]
+        command = [sys.executable, __file__, names, part, offset, size, resample]
         said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below; not a pipe, which would fill up
-        workers = [subprocess.Popen([str(word) for word in (*command, i, count)], stderr=said) for i in range(count)]
+        workers = []
+        for i in range(count):
+            workers.append(subprocess.Popen([str(word) for word in (*command, i, count)], stderr=said))
         try:
             while any(worker.poll() is None for worker in workers):
                 progress(int((np.fromfile(flags, np.uint8) > 0).sum()))
@@ -101,7 +141,7 @@ def is_whole(file, flags, n):
 
 
 def rows_of(flags):
-    """Which file each row of the array is of, [n - broken]: in order, but that the last ones fill the places of broken ones."""
+    """Which file each row of the array is of, [n - broken]: in order, the last in place of broken ones."""
     n = int((flags == DECODED).sum())
     rows = np.arange(n)
     rows[flags[:n] == BROKEN] = n + np.flatnonzero(flags[n:] == DECODED)
@@ -109,7 +149,7 @@ def rows_of(flags):
 
 
 def close_holes(part, offset, flags):
-    """Moves rows to where rows_of() has them. Killed and done again it does the same, for what it moves it does not remove."""
+    """Moves rows to where rows_of() has them. It removes nothing, so that it can be killed and done again."""
     rows, size = rows_of(flags), np.load(part, mmap_mode="r").shape[-1]
     images = np.memmap(part, np.uint8, "r+", offset, (len(flags), 3, size, size))
     for i in np.flatnonzero(rows != np.arange(len(rows))):
@@ -122,7 +162,10 @@ def close_holes(part, offset, flags):
 
 
 class locked:
-    """A file or folder kept to oneself; a process that dies lets go. `wait=False`: BlockingIOError if another has it."""
+    """A file or folder kept to oneself; a process that dies lets go.
+
+    With `wait=False` it raises BlockingIOError if another process has it.
+    """
 
     def __init__(self, path, wait=True):
         self.path, self.wait, self.file = path, wait, None
@@ -145,7 +188,7 @@ class locked:
             self.file = None
 
 
-def work(paths, array, offset, size, worker, workers):
+def work(paths, array, offset, size, resample, worker, workers):
     """Every `workers`-th block of files, less what is flagged already; ends when the parent does."""
     paths, flags = Path(paths).read_bytes().split(b"\0"), Path(array).with_suffix("").with_suffix(".flags")
     done, parent, count = np.fromfile(flags, np.uint8), os.getppid(), 3 * size * size
@@ -154,7 +197,7 @@ def work(paths, array, offset, size, worker, workers):
             todo = [i for i in range(start, min(start + BLOCK, len(paths))) if not done[i]]
             for i in todo:
                 try:
-                    pixels, done[i] = decode(os.fsdecode(paths[i]), size), DECODED
+                    pixels, done[i] = decode(os.fsdecode(paths[i]), size, resample), DECODED
                 except ValueError:
                     done[i] = BROKEN
                     continue

@@ -100,6 +100,8 @@ def from_text(text, kind):
         if text.lower() not in ("true", "false"):
             raise ValueError
         return text.lower() == "true"
+    if kind is str:  # ~ is the home folder at the start of a path, and of each in lists like --ckpt=a=A:B,C
+        return re.sub(r"(?<![^,:=])~[^/,:]*", lambda home: os.path.expanduser(home[0]), text)
     if kind is tuple:
         return tuple(float(part) for part in text.strip("()[] ").split(","))
     return kind(text)
@@ -181,9 +183,7 @@ def configure(script, argv=None):
     name = Path(script["__file__"]).stem
     config = {key: option.default for key, option in options.items()}
     config.update(preset)
-    out_dir = Path(
-        given.get("out_dir") or f"out/{name}-{given.get('dataset', config['dataset'])}"
-    ).expanduser()
+    out_dir = Path(given.get("out_dir") or f"out/{name}-{given.get('dataset', config['dataset'])}")
     if given.get("resume"):
         config.update(saved_options(out_dir, name, options))
         tell_changes(out_dir, config, given)
@@ -196,9 +196,7 @@ def configure(script, argv=None):
         print(f"defaults for this preset: {changed}", flush=True)
     config.update(given)
     config["out_dir"] = str(out_dir)
-    config["data_dir"] = str(
-        Path(config["data_dir"]).expanduser().absolute()
-    )  # resuming works from any folder
+    config["data_dir"] = str(Path(config["data_dir"]).absolute())  # resuming works from any folder
     config = {key: convert(key, options[key], value) for key, value in config.items()}
     processes = int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
     if config["batch_size"] % processes:

@@ -1,7 +1,7 @@
 """Data sets with a class for every pixel, for seg_transfer.py and attn_viz.py.
 
-`masks` is int16 [n s s]: 0 background, 1 and up the classes, -1 what does not count. Images and masks are cropped to the
-middle square and resized to `image_size`, images antialiased, masks by the nearest pixel.
+`masks` is int16 [n s s]: 0 background, 1 and up the classes, -1 what does not count. Images and masks are
+cropped to the middle square and resized to `image_size`, images antialiased, masks by the nearest pixel.
 """
 
 import functools
@@ -12,21 +12,28 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from twins.datasets import Split, cached, fetch, image_files, load
+from twins.datasets import Split, fetch, load
 from twins.errors import UserError
+from twins.folders import cached, image_files, splits, walk
 
 DATASETS = ("shapes", "folder", "voc2012", "pet", "imagenet_s")
-VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant
-    sheep sofa train tvmonitor"""
+VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
+    person pottedplant sheep sofa train tvmonitor"""
+LARGEST = 1000  # class; ImageNet-S has 919
 
 
 def has_masks(dataset, data_dir):
     """Whether load_masks() is for this data set: a `folder` may be one of images alone."""
-    return dataset in DATASETS and (dataset != "folder" or any((Path(data_dir) / part / "masks").is_dir() for part in ("val", "test")))
+    if dataset != "folder" or not Path(data_dir).is_dir():
+        return dataset in DATASETS and dataset != "folder"
+    return any((path / "masks").is_dir() for kind, path in splits(Path(data_dir)).items() if kind != "train")
 
 
 def load_masks(dataset, data_dir, image_size, split="train", skip_bad_images=False):
-    """One split, 'train' or 'test', with masks: Split. Raises UserError for an unknown data set and absent, broken or foreign files."""
+    """One split, 'train' or 'test', with masks: Split.
+
+    Raises UserError for an unknown data set and for files that are absent, broken or foreign.
+    """
     if dataset == "shapes":
         data = load("shapes", data_dir, image_size, split)
         return data._replace(labels=None, classes=["background", "object"], masks=data.masks.short())
@@ -35,40 +42,83 @@ def load_masks(dataset, data_dir, image_size, split="train", skip_bad_images=Fal
     names = {"folder": mask_folder, "voc2012": voc2012, "pet": pet, "imagenet_s": imagenet_s}
     root, images, paths, classes, ids = names[dataset](Path(data_dir), split)
     for image, mask in zip(images, paths, strict=True):
-        if not os.path.exists(mask):
+        if not os.path.isfile(mask):
             raise UserError(f"{image} has no mask: {mask} is not there")
     mask_of = dict(zip(images, paths, strict=True))
     pixels, images = cached(root, images, image_size, f"{dataset}-{split}", skip_bad_images)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        masks = list(pool.map(functools.partial(decode_mask, size=image_size, ids=ids), [mask_of[image] for image in images], images))
+        read = functools.partial(decode_mask, size=image_size, ids=ids)
+        masks = list(pool.map(read, [mask_of[image] for image in images], images))
+    if dataset == "folder":
+        masks = without_soft_edges(masks, root)
     masks = torch.from_numpy(np.stack(masks))
     if masks.max() < 0:
-        raise UserError(f"the masks of {root} hold nothing that counts: every pixel is marked as one to ignore")
+        raise UserError(f"the masks of {root} hold nothing that counts: every pixel is one to ignore")
     if masks.max() == 0:
-        void = ": 255 is what does not count, divide masks of 0 and 255 by 255" if dataset == "folder" and masks.min() < 0 else ""
-        raise UserError(f"the masks of {root} hold no object, only background{void}")
+        raise UserError(f"the masks of {root} hold no object, only background")
     classes = classes or [f"class {i}" if i else "background" for i in range(int(masks.max()) + 1)]
     return Split(pixels, None, classes, masks)
 
 
 def mask_folder(root, split):
-    """{train,val}/images/* and {train,val}/masks/*.png of the same names; 255 does not count."""
+    """{train,val}/images/* and {train,val}/masks/* of the same names, best .png; 255 does not count."""
     names = ["train"] if split == "train" else ["test", "val"]
-    root = next((root / name for name in names if (root / name / "images").is_dir()), None)
+    found = splits(root)
+    roots = [found[name] for name in names if name in found]
+    root = next((path for path in roots if (path / "images").is_dir()), None)
     if root is None or not (root / "masks").is_dir():
         raise UserError(f"--data_dir has no {names[-1]}/images/ with {names[-1]}/masks/ beside it")
-    images, _ = image_files(root / "images")
-    if not images:
-        raise UserError(f"{root}/images holds no images")
-    return root, images, [str(root / "masks" / Path(path).with_suffix(".png").name) for path in images], None, ignoring(255)
+    images, (masks, _) = image_files(root / "images"), walk(root / "masks")
+    masks = {Path(mask).stem: mask for mask in sorted(masks, key=lambda mask: mask.endswith(".png"))}
+    stems = [Path(image).stem for image in images]
+    masks = [masks.get(stem, f"{root}/masks/{stem}.png") for stem in stems]
+    return root, images, masks, None, one_channel
+
+
+def one_channel(pixels):
+    """Grey pixels [h w] of those with channels, [h w 2] or [h w 3 or 4], that are equal."""
+    colours = 3 if pixels.shape[-1] > 2 else 1  # the rest is transparency
+    same = pixels.ndim == 3 and (pixels[..., :colours] == pixels[..., :1]).all()
+    return pixels[..., 0] if same else pixels
+
+
+def without_soft_edges(masks, root):
+    """Masks of a folder, int16 arrays: 255 becomes -1, or 1 where all masks are 0, 255 and soft edges.
+
+    Antialiased ones are known by values above 127 beside more pixels of 255 than of all classes, or a quarter
+    of them where there are more than 20: so many do not lie outside all classes.
+    """
+    count = sum(np.bincount(np.maximum(mask, 0).flat, minlength=LARGEST + 1) for mask in masks)
+    between = count[1:255]
+    share = between.sum() / (4 if (between > 0).sum() > 20 else 1)
+    soft = between[127:].any() and count[255] > share and not count[256:].any()
+    if soft or (count[0] and count[255] and not between.any()):
+        print(f"the masks of {root} are 0 and 255: 128 and above is the object, class 1", flush=True)
+        return [(mask >= 128).astype(np.int16) for mask in masks]
+    return [ignoring(255)(mask).astype(np.int16) for mask in masks]
 
 
 def voc2012(root, split):
-    """PASCAL VOC 2012 as torchvision keeps it; the void of 255 does not count."""
-    from torchvision.datasets import VOCSegmentation
+    """PASCAL VOC 2012: root holds VOCdevkit/VOC2012 or is one of the two; 255, void, does not count."""
+    places = [root / "VOCdevkit" / "VOC2012", root / "VOC2012", root]
+    home = next((path for path in places if (path / "JPEGImages").is_dir()), None)
+    if home is None:
+        from torchvision.datasets import VOCSegmentation  # here, for the import takes a second
 
-    data = fetch(VOCSegmentation, root, image_set="train" if split == "train" else "val")
-    return Path(data.images[0]).parent, data.images, data.masks, VOC.split(), ignoring(255)
+        fetch(VOCSegmentation, root, image_set="train")
+        home = places[0]
+    names = lines_of(home / "ImageSets" / "Segmentation" / ("train.txt" if split == "train" else "val.txt"))
+    images = [str(home / "JPEGImages" / f"{name}.jpg") for name in names]
+    masks = [str(home / "SegmentationClass" / f"{name}.png") for name in names]
+    return home / "JPEGImages", images, masks, VOC.split(), ignoring(255)
+
+
+def lines_of(path):
+    """The first word of each line. Raises UserError without any."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    if not lines:
+        raise UserError(f"{path}, the list of images, is absent or empty: unpack the data set again")
+    return [line.split()[0] for line in lines if line.strip()]
 
 
 def pet(root, split):
@@ -77,19 +127,20 @@ def pet(root, split):
 
     fetch(OxfordIIITPet, root, split="trainval" if split == "train" else "test", target_types="segmentation")
     root = root / "oxford-iiit-pet"
-    names = [line.split()[0] for line in (root / "annotations" / ("trainval.txt" if split == "train" else "test.txt")).open()]
+    names = lines_of(root / "annotations" / ("trainval.txt" if split == "train" else "test.txt"))
+    images = [str(root / "images" / f"{name}.jpg") for name in names]
     masks = [str(root / "annotations" / "trimaps" / f"{name}.png") for name in names]
-    ids = np.array([-1, 1, 0, -1])
-    return root / "images", [str(root / "images" / f"{name}.jpg") for name in names], masks, ["background", "pet"], ids.take
+    return root / "images", images, masks, ["background", "pet"], np.array([-1, 1, 0, -1]).take
 
 
 def imagenet_s(root, split):
-    """ImageNet-S (2106.03149) as its scripts lay it out: id = R + 256 G, 0 is `other`, 1000 does not count."""
+    """ImageNet-S (2106.03149) as its scripts lay it out: id = R + 256 G, 0 is `other`, 1000 is void."""
     name = "train-semi" if split == "train" else "validation"
     if not (root / f"{name}-segmentation").is_dir():
-        raise UserError(f"{root} has no {name}-segmentation/: give a folder such as ImageNetS50, of github.com/LUSSeg/ImageNet-S")
-    images, _ = image_files(root / name)
-    masks = [str(root / f"{name}-segmentation" / Path(path).relative_to(root / name).with_suffix(".png")) for path in images]
+        hint = "give a folder such as ImageNetS50, of github.com/LUSSeg/ImageNet-S"
+        raise UserError(f"{root} has no {name}-segmentation/: {hint}")
+    images, masks = image_files(root / name), root / f"{name}-segmentation"
+    masks = [str(masks / Path(path).relative_to(root / name).with_suffix(".png")) for path in images]
 
     def ids(pixels):
         return ignoring(1000)(pixels[..., 0] + 256 * pixels[..., 1])
@@ -102,20 +153,26 @@ def ignoring(void):
 
 
 def decode_mask(path, image, size, ids):
-    """The mask file of an image -> int16 [size size]; `ids` turns its pixels into classes. Raises UserError, naming the file."""
+    """The mask file of an image -> int16 [size size]; `ids` turns pixels into classes. Raises UserError."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as mask:
+            if mask.format == "JPEG":  # inexact numbers: black and white at most
+                mask = mask.convert("L").point(lambda value: 255 * (value > 127))
             pixels = ids(np.asarray(mask).astype(np.int32)).astype(np.int32)
         if pixels.ndim != 2:
             raise ValueError("it has colours, a mask has a number for each pixel")
-        if pixels.max() > 32767:
-            raise ValueError(f"it has a class {pixels.max()}, 32767 is the largest")
+        if pixels.max() > LARGEST or pixels.min() < -1:
+            worst = pixels.min() if pixels.min() < -1 else pixels.max()
+            raise ValueError(f"it has a class {worst}, {LARGEST} is the largest")
         with Image.open(image) as photograph:
-            sides = photograph.size if photograph.getexif().get(0x0112, 1) < 5 else photograph.size[::-1]  # EXIF: on its side
+            on_its_side = photograph.getexif().get(0x0112, 1) >= 5
+            sides = photograph.size[::-1] if on_its_side else photograph.size
     except Exception as error:  # Pillow raises many kinds for broken files
         raise UserError(f"{path} cannot be read as a mask ({error}): mend or remove it") from None
     if pixels.shape != sides[::-1]:
-        raise UserError(f"{path} is {pixels.shape[1]} x {pixels.shape[0]} pixels, its image {sides[0]} x {sides[1]}")
-    return np.asarray(ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.NEAREST)).astype(np.int16)
+        found = f"{pixels.shape[1]} x {pixels.shape[0]}"
+        raise UserError(f"{path} is {found} pixels, its image {sides[0]} x {sides[1]}")
+    mask = ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.NEAREST)
+    return np.asarray(mask).astype(np.int16)

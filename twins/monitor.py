@@ -1,25 +1,29 @@
 """How a run is watched: features and their k-NN accuracy, collapse meters."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from twins.datasets import from_bytes, normalise
+from twins.datasets import from_bytes, normalise, resize
 from twins.errors import UserError
 from twins.processes import gather, global_mean, shard, to_float32, world
 
 
 @torch.no_grad()
-def features(backbone, images, indices, device, autocast, batch_size=500):
-    """[CLS] features float32 [m d] of the images uint8 [n 3 s s] at indices int64 [m]."""
+def features(backbone, images, indices, device, autocast, batch_size=500, size=0):
+    """[CLS] features float32 [m d] of the images uint8 [n 3 s s] at indices int64 [m], resized to `size`."""
     was_training, chunks = backbone.training, []
     backbone.eval()
     with tqdm(total=len(indices), desc="k-NN features", unit=" images", leave=False, delay=3) as bar:
         for chunk in shard(indices).split(batch_size):
+            pixels = images[chunk]
+            if size and size != pixels.shape[-1]:
+                pixels = resize(pixels, size, "bicubic")
             with autocast:
-                z = backbone(normalise(from_bytes(images[chunk].to(device))))
+                z = backbone(normalise(from_bytes(pixels.to(device))))
             chunks.append(to_float32(z))
             bar.update(len(chunk) * world())
     backbone.train(was_training)
@@ -47,11 +51,10 @@ def evaluate(backbone, data, bank, queries, device, autocast):
     features times sqrt(d), 1 when they fill the sphere and 0 when they collapse (SimSiam, 2011.10566); rank
     is RankMe (2210.02885), exp of the entropy of the singular values.
     """
-    z, row = features(backbone, data.images, bank, device, autocast), {}
+    look, row = partial(features, backbone, data.images, size=data.image_size), {}
+    z = look(bank, device, autocast)
     if len(queries):
-        votes = knn(
-            z, data.labels[bank].to(device), features(backbone, data.images, queries, device, autocast)
-        )
+        votes = knn(z, data.labels[bank].to(device), look(queries, device, autocast))
         row["knn"] = (votes.argmax(1) == data.labels[queries].to(device)).float().mean()
     if not z.isfinite().all():
         raise UserError("the features are not finite: try a lower --base_lr")

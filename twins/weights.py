@@ -77,7 +77,7 @@ def read_weights(path, network="", heads=0):
     not say; 0: width / 64, as in all official ViTs. LayerScale is folded into the layer before it. Raises
     UserError for anything but one ViT whose every tensor is known.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
     tensors, known = read_tensors(path)

@@ -1,0 +1,246 @@
+"""Folders of photographs: which files are images of which split, and the cache they are decoded into once.
+
+Letters in shapes:  n images  s image side
+"""
+
+import hashlib
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from twins import decoding
+from twins.errors import UserError
+
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp", ".gif", ".tif"}
+SUFFIXES |= {".tiff", ".jp2", ".j2k", ".pbm", ".pgm", ".ppm", ".pnm"}
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
+IMAGES = ("images", "jpegimages")
+MASKS = ("masks", "labels", "annotations", "segmentationclass", "segmentationobject")
+
+
+def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
+    """Photographs in data_dir/train/<class>/*, data_dir/{test,val}/<class>/*, or flat without labels.
+
+    Returns images uint8 [n 3 s s], labels int64 [n] or None, and the classes. Decoded once, short side
+    resized to s, centre cropped; kept in data_dir/.cache (in ~/.cache/dino-twins if data_dir is read-only) as
+    one memory-mapped array, made anew when a file's name, size or date changes. s is `image_size`, or
+    `cache_size` if given, 0 for cache_side(). Raises UserError where it is not clear what is meant.
+    """
+    if not Path(data_dir).is_dir():
+        raise UserError(f"--data_dir={data_dir} is no folder: give the one that holds train/<class>/*.jpg")
+    top = without_masks(Path(data_dir))
+    found = splits(top)
+    root = split_folder(top, found, split)
+    paths = image_files(root)
+    first = [below(root, path).split(os.sep) for path in paths]
+    flat, known = all(len(parts) == 1 for parts in first), first
+    if flat and split == "train":
+        refuse_others(top, root, found)
+    if split == "test" and "train" in found:  # numbered as in training
+        trained = without_masks(found["train"])
+        known = [below(trained, path).split(os.sep) for path in walk(trained)[0]]
+    classes = [] if flat else sorted({parts[0] for parts in known if len(parts) > 1})
+    stray = [path for path, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes]
+    if stray:
+        where = f"in none of the {len(classes)} class folders"
+        raise UserError(f"{stray[0]} is {where}: move it into one, or make all of them flat")
+
+    sample = [decoding.describe(path) for path in paths[:: len(paths) // 100 + 1]]
+    if any(deep for _, deep in sample):
+        print("images of more than 8 bits a pixel are scaled to 8, see docs/options.md", flush=True)
+    size, name, resample = image_size, root.name, decoding.BICUBIC
+    if cache_size is not None:
+        size = cache_size or cache_side(image_size, [side for side, _ in sample])
+    if size < image_size:
+        raise UserError(f"--cache_size={size} is less than --image_size={image_size}: views would be blurred")
+    if size > image_size:
+        name, resample = f"{name}-crops", decoding.LANCZOS
+    images, paths = cached(root, paths, size, name, skip_bad_images, resample)
+    if flat:
+        print(f"{root}: {len(paths)} images, no class folders", flush=True)
+        return images, None, classes
+    number = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([number[below(root, path).split(os.sep)[0]] for path in paths])
+    counts = [f"{name} {n}" for name, n in zip(classes, labels.bincount(minlength=len(classes)), strict=True)]
+    shown = ", ".join(counts[:10]) + ", ..." * (len(counts) > 10)
+    print(f"{root}: {len(paths)} images in {len(classes)} classes: {shown}", flush=True)
+    return images, labels, classes
+
+
+def split_folder(top, found, split):
+    """Where the images of a split are: `found` is splits(top). Raises UserError if there is no such place."""
+    wanted = ("train",) if split == "train" else ("test", "val")
+    roots = [without_masks(found[kind]) for kind in wanted if kind in found]
+    if not roots and (found or split == "test"):
+        only = ", ".join(f"{path.name}/" for path in found.values())
+        only = f", only {only}: rename it, or give it as --data_dir" if only else ""
+        raise UserError(f"{top} has no {'/ or '.join(wanted)}/ folder{only}")
+    if len(roots) > 1 and not has_classes(roots[0]) and has_classes(roots[1]):
+        print(f"{roots[0]} has no class folders: {roots[1]}, which has them, is used instead", flush=True)
+        return roots[1]
+    return roots[0] if roots else top
+
+
+def refuse_others(top, root, found):
+    """Raises UserError for images beside `root`, a flat train/: it may be one class of several."""
+    others = [top / name for name in subfolders(top) if top / name not in [root, *found.values()]]
+    names = [f"{path.name}/" for path in others if walk(path)[0]]
+    if names:
+        hint = f"give --data_dir={root} for it alone, or put all classes into train/"
+        raise UserError(f"{root} holds images without class folders beside {' '.join(names[:5])}: {hint}")
+
+
+def cache_side(image_size, sides):
+    """1.6 x image_size, so that 40 % of the area has image_size pixels; at most the largest of `sides`."""
+    return max(image_size, min(round(1.6 * image_size), max(sides)))
+
+
+def below(root, path):
+    """`path`, which begins with `root`, without it; pathlib takes ten times as long."""
+    return path[len(str(root)) + 1 :]
+
+
+def unreadable(error):
+    raise UserError(f"{error.filename} cannot be entered ({error.strerror}): mend or move it") from None
+
+
+def subfolders(root):
+    """The names of the folders in `root`, in order, less hidden ones."""
+    try:
+        return sorted(f.name for f in os.scandir(root) if f.is_dir() and not f.name.startswith("."))
+    except OSError as error:
+        unreadable(error)
+
+
+def splits(root):
+    """{train, test, val: its folder in `root`}, those that are there. Raises UserError if there are two."""
+    found = {}
+    for name in subfolders(root):
+        kind = SPLITS.get(name.lower())
+        if kind in found:
+            both = f"{found[kind].name}/ and {name}/"
+            raise UserError(f"{root} holds {both}, which are the same split: rename or move one")
+        if kind:
+            found[kind] = root / name
+    return found
+
+
+def without_masks(root):
+    """`root`, or the images in it if masks lie beside them."""
+    names = subfolders(root)
+    images = [name for name in names if name.lower() in IMAGES]
+    masks = [name for name in names if name.lower() in MASKS]
+    if not (images and masks):
+        return root
+    print(f"{root}: {images[0]}/ alone is used, left out: {'/ '.join(masks)}/", flush=True)
+    return root / images[0]
+
+
+def has_classes(root):
+    return any(os.sep in below(root, path) for path in walk(root)[0])
+
+
+def walk(root):
+    """The images below `root`, sorted, and {what is left out: how often}; no folder is read twice."""
+    paths, left, seen = [], Counter(), set()
+    for parent, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
+        stat = os.stat(parent)
+        if (stat.st_dev, stat.st_ino) in seen:
+            left["linked folder that was read already"] += 1
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        for name in sorted(files):
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith(".") or suffix not in SUFFIXES:
+                left["hidden" if name.startswith(".") else suffix or "without a suffix"] += 1
+            else:
+                paths.append(os.path.join(parent, name))
+    return paths, left
+
+
+def image_files(root):
+    """The images below `root`, sorted; says what is left out. Raises UserError if there are none."""
+    paths, left = walk(root)
+    if not paths:
+        suffixes = " ".join(sorted(SUFFIXES))
+        found = f"{left.total()} files, none with an image's name ({suffixes})" if left else "nothing"
+        raise UserError(f"{root} holds {found}: put images into {root}/<class>/")
+    if left:
+        kinds = ", ".join(f"{n} {what}" for what, n in left.most_common(8))
+        print(f"{root}: left out {left.total()} that are no images by name: {kinds}", flush=True)
+    return paths
+
+
+def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BICUBIC):
+    """Images at `paths` as uint8 [n 3 size size], memory-mapped, decoded if not done yet, and their paths.
+
+    The file is `name`-size-hash.npy beside `root`, in ~/.cache/dino-twins if that is read-only; the hash is
+    of all files' names, sizes and dates. Raises UserError for images that cannot be read, or leaves them out,
+    up to 1 %.
+    """
+    try:
+        stats = [(below(root, path), os.stat(path)) for path in paths]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it") from None
+    lines = [decoding.VERSION, *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)]
+    folder = root.parent / ".cache"
+    if not os.access(root.parent, os.W_OK):
+        folder = Path.home() / ".cache" / "dino-twins" / hashed(str(root.absolute()))
+    file = folder / f"{name}-{size}-{hashed(chr(10).join(lines))}.npy"
+    title = f"decoding into {folder}"
+    try:
+        with tqdm(total=len(paths), desc=title, unit=" images", disable=file.exists()) as bar:
+            flags = decoding.decode_all(paths, size, file, lambda n: bar.update(n - bar.n), resample)
+        remove_old(folder, rf"{re.escape(name)}-{size}-[0-9a-f]{{16}}", file.stem)
+        images = torch.from_numpy(np.load(file, mmap_mode="c"))
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"the cache {file} cannot be made or read: {error}") from None
+    broken = [path for path, flag in zip(paths, flags, strict=True) if flag == decoding.BROKEN]
+    if broken:
+        try:
+            decode(broken[0], size)
+            sentence = f"{broken[0]} could not be read when {file} was made"
+        except UserError as error:
+            sentence = str(error)
+        sentence += f", nor {len(broken) - 1} more, such as {', '.join(broken[1:4])}" if broken[1:] else ""
+        count = f"{len(broken)} of {len(paths)} images"
+        if len(broken) > 0.01 * len(paths):
+            raise UserError(f"{sentence}: {count} are too many to leave out, mend or remove them")
+        if not skip_bad_images:
+            raise UserError(f"{sentence}: mend or remove, or leave out with --skip_bad_images=True")
+        print(f"left out {count}: {sentence}", flush=True)
+    return images, [paths[i] for i in decoding.rows_of(flags)]
+
+
+def hashed(text):
+    """16 hexadecimal digits; file names need not be UTF-8."""
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
+
+
+def remove_old(folder, names, new):
+    """Removes caches called like `names`, of a folder as it was, but `new` and what others are making."""
+    for lock in folder.glob("*.lock"):
+        if re.fullmatch(names, lock.stem) and lock.stem != new:
+            try:
+                with decoding.locked(lock, wait=False):
+                    for suffix in (".npy", ".npy.part", ".flags", ".paths"):
+                        lock.with_suffix(suffix).unlink(missing_ok=True)
+            except OSError:  # another's
+                pass
+
+
+def decode(path, size):
+    """One image file -> uint8 [3 size size]. Raises UserError, naming the file."""
+    try:
+        return decoding.decode(path, size)
+    except ValueError as error:
+        raise UserError(error) from None
