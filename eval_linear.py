@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data import Crop, draw, resized_crop
 from twins.backbones import configure_evaluation, load_backbone, output_folder, trained_on
 from twins.datasets import from_bytes, load, normalise
 from twins.errors import UserError
@@ -85,6 +86,14 @@ def extract_all(backbone, images, device, autocast, what):
     return features
 
 
+def augment(images, rng):
+    """uint8 [b 3 s s] -> normalised random crops, half of them mirrored [b 3 s s]."""
+    side = images.shape[-1]
+    drawn = draw(len(images), side, Crop(side, (0.35, 1.0)), rng)
+    box = [drawn[name].to(images.device) for name in ("left", "top", "width", "height", "flip")]
+    return normalise(resized_crop(from_bytes(images), *box, side).clamp_(0, 1))
+
+
 def load_labelled(dataset, data_dir, image_size):
     """The training split, of which --label_fraction is kept, and the test split. Raises UserError."""
     train, test = (load(dataset, data_dir, image_size, split, skip_bad_images) for split in ("train", "test"))
@@ -132,7 +141,7 @@ if __name__ == "__main__":
     results = evaluate(features, labels, test_features, test_labels, len(train.classes), seed)
     if finetune:
         split = train.images, labels, test.images, test_labels
-        settings = results["linear"]["selected"]["strength"], len(train.classes), finetune_epochs
+        settings = augment, results["linear"]["selected"]["strength"], len(train.classes), finetune_epochs
         results["finetune"] = fine_tune(backbone, *split, seed, autocast, *settings)
 
     report = {**config, "dataset": dataset, "data_dir": str(data_dir), "image_size": image_size}

@@ -24,6 +24,10 @@ from twins.errors import close_bars  # noqa: E402
 
 datasets.shapes = functools.cache(datasets.shapes)  # made once for all tests
 
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell's background jobs ignore some; tests send them
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
 OURS = ("twins", "data", "vit")
 SCRIPTS = ("dino.py", "barlow.py", "hybrid_a.py", "hybrid_b.py")
 MEASURES = ("eval_linear.py", "attn_viz.py", "seg_transfer.py", "bench.py")

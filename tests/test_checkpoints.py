@@ -259,7 +259,7 @@ def test_a_flipped_bit_of_the_folders_cache_is_noticed(tmp_path, capfd):
     flipped = bytearray(cache.read_bytes())
     flipped[-5] ^= 8
     capfd.readouterr()
-    assert torch.equal(data.load("folder", tmp_path, 8).images, first) and capfd.readouterr().out == ""
+    assert torch.equal(data.load("folder", tmp_path, 8).images, first) and "damaged" not in capfd.readouterr().out
     cache.write_bytes(flipped)
     assert torch.equal(data.load("folder", tmp_path, 8).images, first)
     assert f"{cache} is damaged: decoding again" in capfd.readouterr().out

@@ -190,10 +190,10 @@ def test_numbers_that_are_not_finite_are_not_logged(network, tmp_path):
 def test_features_that_are_zero_have_rank_one_and_others_that_are_not_finite_are_refused(monkeypatch):
     off = torch.autocast("cpu", enabled=False)
     images = torch.zeros(30, 3, 4, 4, dtype=torch.uint8)
-    split = monitor.__dict__.get("Split", type("Split", (), {"images": images, "labels": torch.arange(30) % 2}))
+    split = monitor.__dict__.get("Split", type("Split", (), {"images": images, "labels": torch.arange(30) % 2, "image_size": 4}))
     bank, queries = torch.arange(20), torch.arange(20, 30)
     for value, refused in ((0.0, False), (1e30, False), (float("nan"), True), (float("inf"), True)):
-        monkeypatch.setattr(monitor, "features", lambda *args, value=value: torch.full((len(args[2]), 8), value))
+        monkeypatch.setattr(monitor, "features", lambda *args, value=value, **_: torch.full((len(args[2]), 8), value))
         if refused:
             with pytest.raises(UserError, match="the features are not finite"):
                 monitor.evaluate(None, split, bank, queries, torch.device("cpu"), off)

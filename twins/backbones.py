@@ -40,7 +40,7 @@ def load_backbone(config, device, vit):
         return vit(**args).to(device).eval(), {**about, "image_size": args["image_size"], "data_dir": "data"}
     if not path.exists():
         raise UserError(f"--ckpt={path} does not exist: {ACCEPTED}")
-    state, vit, args, known = read_backbone(path, config["weights"], config["heads"], vit)
+    state, vit, args, known = read_backbone(path, config["weights"], config.get("heads", 0), vit)
     backbone = build(vit, state, args, path)
     return backbone.to(device).eval(), {**about, **known, "image_size": args["image_size"]}
 

@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Crop, draw, resized_crop
 from twins.datasets import from_bytes, normalise
 from twins.probes import balanced, fit, hit_rate, measure, whitening
 from twins.processes import to_float32
 
 LEARNING_RATES = (3e-5, 3e-4, 3e-3)
-BATCH_SIZE, WARMUP, SCALE = 128, 0.1, (0.35, 1.0)  # images; share of the steps; of an image's area in a crop
+BATCH_SIZE, WARMUP = 128, 0.1  # images; share of the steps
 
 
 def parameter_groups(model, lr):
@@ -38,14 +37,6 @@ def parameter_groups(model, lr):
     return groups
 
 
-def augment(images, rng):
-    """uint8 [b 3 s s] -> normalised random crops, half of them mirrored [b 3 s s]."""
-    side = images.shape[-1]
-    drawn = draw(len(images), side, Crop(side, SCALE), rng)
-    box = [drawn[name].to(images.device) for name in ("left", "top", "width", "height", "flip")]
-    return normalise(resized_crop(from_bytes(images), *box, side).clamp_(0, 1))
-
-
 @torch.no_grad()
 def predict(model, images, device, autocast):
     """uint8 [n 3 s s] -> scores [n c]."""
@@ -54,7 +45,7 @@ def predict(model, images, device, autocast):
     return to_float32(torch.cat(chunks))
 
 
-def train(backbone, images, labels, lr, seed, autocast, strength, classes, epochs):
+def train(backbone, images, labels, lr, seed, autocast, augment, strength, classes, epochs):
     """Trains a copy of the backbone and a probe of this strength; yields the model after each epoch."""
     backbone = copy.deepcopy(backbone).eval()  # without drop path
     x = predict(backbone, images, labels.device, autocast)
@@ -84,7 +75,8 @@ def train(backbone, images, labels, lr, seed, autocast, strength, classes, epoch
 def finetune(backbone, images, labels, test_images, test_labels, seed, autocast, *settings):
     """A result as twins.probes has them: images uint8 [n 3 s s], labels int64 [n] on the device.
 
-    settings: strength of the linear probe, classes, epochs. Held-out training images select learning rate and
+    settings: augment(uint8 [b 3 s s], numpy's random numbers) -> [b 3 s s], strength of the linear probe,
+    classes, epochs. Held-out training images select learning rate and
     last epoch; a new copy is then trained on all of them, and the test set is looked at once.
     """
     held_out, rest = (rows.to(labels.device) for rows in balanced(labels.cpu(), 0.1, seed))

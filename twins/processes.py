@@ -88,7 +88,9 @@ def setup(device, dtype, seed):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if under_torchrun() and not dist.is_initialized():
+        hook = sys.excepthook
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        sys.excepthook = hook  # torch's would print what it says only after it returns
         atexit.register(leave_group)
     if device.type == "cpu" and sys.platform == "linux":
         libc = ctypes.CDLL(None)
