@@ -24,14 +24,28 @@ from twins.errors import close_bars  # noqa: E402
 
 datasets.shapes = functools.cache(datasets.shapes)  # made once for all tests
 
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell's background jobs ignore some; tests send them
+for number in (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+):  # a shell's background jobs ignore some; tests send them
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 OURS = ("twins", "data", "vit")
 SCRIPTS = ("dino.py", "barlow.py", "hybrid_a.py", "hybrid_b.py")
 MEASURES = ("eval_linear.py", "attn_viz.py", "seg_transfer.py", "bench.py")
-TINY = dict(dataset="shapes", device="cpu", dim=16, depth=2, heads=2, batch_size=16, n_local=1, max_steps=3, knn_bank=100)
+TINY = dict(
+    dataset="shapes",
+    device="cpu",
+    dim=16,
+    depth=2,
+    heads=2,
+    batch_size=16,
+    n_local=1,
+    max_steps=3,
+    knn_bank=100,
+)
 TINY |= dict(knn_queries=50, log_every=1)
 TINY_HEAD = dict(out_dim=32, hidden_dim=32, bottleneck_dim=16)
 
@@ -46,7 +60,8 @@ def tiny(script, **keys):
 def train(tmp_path, monkeypatch):
     """train(script, spy=None, pictures=False, **keys) runs a script and returns its globals.
 
-    The spy is called with the script's globals in every step, when the loss is there and backward() is not done yet.
+    The spy is called with the script's globals in every step, when the loss is there and backward() is
+    not done yet.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     excepthook, stdout, stderr = sys.excepthook, sys.stdout, sys.stderr
@@ -77,13 +92,20 @@ def train(tmp_path, monkeypatch):
 
 
 def launch(words, cwd, processes=0):
-    """Python with these arguments in a process of its own, or in as many as torchrun would start: one CompletedProcess.
+    """Python with these arguments in a process of its own, or in as many as torchrun would start: one
+    CompletedProcess.
 
     They are forks of this process where that can be, for then torch is imported.
     """
     if sys.platform != "linux" or torch.cuda.is_available():  # CUDA cannot be forked
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-        return subprocess.run([sys.executable, *torchrun, *words], cwd=cwd, capture_output=True, text=True, timeout=180)
+        torchrun = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            if processes
+            else []
+        )
+        return subprocess.run(
+            [sys.executable, *torchrun, *words], cwd=cwd, capture_output=True, text=True, timeout=180
+        )
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     joined = dict(WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_RUN_ID=0)
@@ -92,10 +114,16 @@ def launch(words, cwd, processes=0):
         def run(rank):
             sys.stdout, sys.stderr, sys.argv, sys.excepthook = out, err, words, sys.__excepthook__
             if processes:
-                os.environ.update({name: str(value) for name, value in {**joined, "RANK": rank, "LOCAL_RANK": rank}.items()})
+                os.environ.update(
+                    {name: str(value) for name, value in {**joined, "RANK": rank, "LOCAL_RANK": rank}.items()}
+                )
             os.chdir(cwd)
             sys.path.insert(0, os.path.dirname(words[0]))
-            own = [] if Path(words[0]).parent == ROOT else [name for name in sys.modules if name.split(".")[0] in OURS]
+            own = (
+                []
+                if Path(words[0]).parent == ROOT
+                else [name for name in sys.modules if name.split(".")[0] in OURS]
+            )
             for name in own:  # a copy of the script has its own
                 del sys.modules[name]
             torch.set_num_threads(1)  # OpenMP's threads are not forked
@@ -105,14 +133,18 @@ def launch(words, cwd, processes=0):
                 sys.excepthook(*sys.exc_info())
                 sys.exit(1)
 
-        children = [multiprocessing.get_context("fork").Process(target=run, args=[i]) for i in range(processes or 1)]
+        children = [
+            multiprocessing.get_context("fork").Process(target=run, args=[i]) for i in range(processes or 1)
+        ]
         for child in children:
             child.start()
         for child in children:
             child.join(120)
         assert all(child.exitcode is not None for child in children), f"{words} takes more than two minutes"
         said = [(file.seek(0), file.read())[1] for file in (out, err)]
-        return subprocess.CompletedProcess(words, next((c.exitcode for c in children if c.exitcode), 0), *said)
+        return subprocess.CompletedProcess(
+            words, next((c.exitcode for c in children if c.exitcode), 0), *said
+        )
 
 
 def copy_of_the_code(folder):
@@ -124,12 +156,16 @@ def copy_of_the_code(folder):
 
 @pytest.fixture
 def command(tmp_path):
-    """command(script, **keys) runs a script on the CPU in a process of its own, tiny if it trains: exit code, stdout and stderr."""
+    """command(script, **keys) runs a script on the CPU in a process of its own, tiny if it trains: exit code,
+    stdout and stderr.
+    """
 
     def run(script, *args, **keys):
         if script in MEASURES:
             keys = {"device": "cpu"} | keys
-        keys = tiny(script, **keys) if script in SCRIPTS else [f"--{key}={value}" for key, value in keys.items()]
+        keys = (
+            tiny(script, **keys) if script in SCRIPTS else [f"--{key}={value}" for key, value in keys.items()]
+        )
         return launch([str(ROOT / script), *keys, *args], tmp_path)
 
     return run

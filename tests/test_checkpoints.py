@@ -1,4 +1,6 @@
-"""A run's files when disks are full, bits flip, files are lost, and a resume fails: said in one sentence, nothing lost."""
+"""A run's files when disks are full, bits flip, files are lost, and a resume fails: said in one sentence,
+nothing lost.
+"""
 
 import errno
 import json
@@ -19,7 +21,17 @@ from twins.errors import UserError, close_bars
 from twins.files import load_checkpoint, read_checkpoint, read_log
 from vit import ViT
 
-CONFIG = dict(resume=False, logger="", batch_size=2, log_every=1, eval_every=1, dataset="shapes", data_dir="data", seed=0, base_lr=0.1)
+CONFIG = dict(
+    resume=False,
+    logger="",
+    batch_size=2,
+    log_every=1,
+    eval_every=1,
+    dataset="shapes",
+    data_dir="data",
+    seed=0,
+    base_lr=0.1,
+)
 
 
 @pytest.fixture
@@ -100,13 +112,17 @@ def test_rows_that_a_full_disk_did_not_take_are_written_when_it_has_room(small, 
     assert [row["step"] for row in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4]
 
 
-def test_a_failed_save_is_said_at_every_save_and_ends_the_run_in_one_sentence(small, full_disk, capsys, tmp_path):
+def test_a_failed_save_is_said_at_every_save_and_ends_the_run_in_one_sentence(
+    small, full_disk, capsys, tmp_path
+):
     r = small()
     steps(r, 0)
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
     full_disk("ckpt.pt")
     steps(r, 1, 2)
-    with pytest.raises(UserError, match=r"ended at step 3 but its last save failed: .*No space left on device"):
+    with pytest.raises(
+        UserError, match=r"ended at step 3 but its last save failed: .*No space left on device"
+    ):
         r.finish()
     assert "".join(capsys.readouterr()).count("ckpt.pt cannot be written") == 2
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before and not list(tmp_path.rglob("*.part"))
@@ -115,7 +131,9 @@ def test_a_failed_save_is_said_at_every_save_and_ends_the_run_in_one_sentence(sm
 def test_the_checkpoint_is_written_first(small, monkeypatch):
     names, write = [], files.write_file
     for module in (run, weights):
-        monkeypatch.setattr(module, "write_file", lambda path, *args: (names.append(path.name), write(path, *args)))
+        monkeypatch.setattr(
+            module, "write_file", lambda path, *args: (names.append(path.name), write(path, *args))
+        )
     r = small()
     names.clear()
     r.save(0)
@@ -128,7 +146,9 @@ def test_the_checkpoint_is_written_first(small, monkeypatch):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "run"
-    done = launch([str(ROOT / "hybrid_a.py"), *tiny("hybrid_a.py", depth=1, save_every=1, out_dir=out)], out.parent)
+    done = launch(
+        [str(ROOT / "hybrid_a.py"), *tiny("hybrid_a.py", depth=1, save_every=1, out_dir=out)], out.parent
+    )
     assert done.returncode == 0, done.stderr
     return out
 
@@ -141,7 +161,9 @@ def folder(finished, tmp_path):
 @pytest.fixture
 def configure(functions):
     """configure(folder, ...) is the options of the run that is resumed there."""
-    return lambda folder, *words: keys.configure(dict(functions["hybrid_a.py"]), [f"--out_dir={folder}", "--resume=True", *words])
+    return lambda folder, *words: keys.configure(
+        dict(functions["hybrid_a.py"]), [f"--out_dir={folder}", "--resume=True", *words]
+    )
 
 
 def edit(file, change):
@@ -162,9 +184,15 @@ def test_the_checkpoint_decides_where_config_json_differs(configure, folder, cap
     whole = file.read_text()
     file.write_text(whole.replace('"alpha"', '"alphb"'))
     assert configure(folder) == expected
-    assert f"config.json says nothing of --alpha, ckpt.pt {expected['alpha']}: ckpt.pt decides" in capsys.readouterr().out
+    assert (
+        f"config.json says nothing of --alpha, ckpt.pt {expected['alpha']}: ckpt.pt decides"
+        in capsys.readouterr().out
+    )
     file.write_text(whole.replace('"depth": 1', '"depth": 3'))
-    assert configure(folder) == expected and "config.json says --depth=3, ckpt.pt 1: ckpt.pt decides" in capsys.readouterr().out
+    assert (
+        configure(folder) == expected
+        and "config.json says --depth=3, ckpt.pt 1: ckpt.pt decides" in capsys.readouterr().out
+    )
     for broken in (whole.replace("{", "[", 1), "[" * 100_000, "[1]", ""):
         file.write_text(broken)
         assert configure(folder) == expected and "config.json cannot be read" in capsys.readouterr().out
@@ -193,8 +221,12 @@ def test_a_lost_log_ends_with_a_table(train, folder, capsys):
 
 def test_a_resume_that_diverges_changes_nothing(train, folder):
     before = content(folder)
-    with pytest.raises(UserError, match=r"is not finite at step 3, learning rate 3.12e\+33, ckpt.pt is sound"):
-        train("hybrid_a.py", out_dir=folder, resume=True, depth=1, max_steps=6, base_lr=1e35, warmup_epochs=0.0)
+    with pytest.raises(
+        UserError, match=r"is not finite at step 3, learning rate 3.12e\+33, ckpt.pt is sound"
+    ):
+        train(
+            "hybrid_a.py", out_dir=folder, resume=True, depth=1, max_steps=6, base_lr=1e35, warmup_epochs=0.0
+        )
     assert content(folder) == before
 
 
@@ -203,7 +235,9 @@ def test_a_logger_that_is_not_installed_changes_nothing(small, monkeypatch, tmp_
     steps(r, 0)
     r.finish()
     before = content(tmp_path)
-    monkeypatch.setitem(run.start_logger.__globals__, "importlib", types.SimpleNamespace(import_module=__import__))
+    monkeypatch.setitem(
+        run.start_logger.__globals__, "importlib", types.SimpleNamespace(import_module=__import__)
+    )
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     for _ in range(2):  # the second finds the lock free
         with pytest.raises(UserError, match=r"--logger=wandb needs a package"):
@@ -217,7 +251,9 @@ def test_a_new_run_that_fails_leaves_no_run(train, tmp_path, functions):
     keys.configure(dict(functions["hybrid_a.py"]), [f"--out_dir={tmp_path / 'new'}"])
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_does_not_replace_it(small, capsys, tmp_path, full_disk):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_does_not_replace_it(
+    small, capsys, tmp_path, full_disk
+):
     r = small()
     steps(r, 0, 1)
     r.finish()
@@ -227,7 +263,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_does_not_replace_i
     newest.write_bytes(damaged)
     r = small(resume=True)
     said = capsys.readouterr().out
-    assert r.start == 1 and "ckpt.pt is damaged (bad checksum" in said and "using the checkpoint before it" in said
+    assert (
+        r.start == 1
+        and "ckpt.pt is damaged (bad checksum" in said
+        and "using the checkpoint before it" in said
+    )
     sound = previous.read_bytes()
     full_disk("ckpt.pt")
     steps(r, 1)
@@ -259,7 +299,10 @@ def test_a_flipped_bit_of_the_folders_cache_is_noticed(tmp_path, capfd):
     flipped = bytearray(cache.read_bytes())
     flipped[-5] ^= 8
     capfd.readouterr()
-    assert torch.equal(data.load("folder", tmp_path, 8).images, first) and "damaged" not in capfd.readouterr().out
+    assert (
+        torch.equal(data.load("folder", tmp_path, 8).images, first)
+        and "damaged" not in capfd.readouterr().out
+    )
     cache.write_bytes(flipped)
     assert torch.equal(data.load("folder", tmp_path, 8).images, first)
     assert f"{cache} is damaged: decoding again" in capfd.readouterr().out
@@ -285,7 +328,10 @@ def test_more_steps_are_a_jump_of_the_learning_rate(configure, folder, capsys):
     assert "jumps" not in capsys.readouterr().out
     assert configure(folder, "--max_steps=30")["max_steps"] == 30
     said = capsys.readouterr().out
-    assert "the learning rate jumps; for one schedule from start to end give the new number to a new run in another --out_dir" in said
+    assert (
+        "the learning rate jumps; for one schedule from start to end give the new number "
+        "to a new run in another --out_dir" in said
+    )
 
 
 # values with the wrong type
@@ -321,7 +367,15 @@ def test_options_of_a_checkpoint_are_those_of_a_command_line(configure, folder, 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"step": "7"}, {"step": -1}, {"step": True}, {"seconds": "long"}, {"config": [1]}, {"backbone": 3}, {"script": ["dino"]}],
+    [
+        {"step": "7"},
+        {"step": -1},
+        {"step": True},
+        {"seconds": "long"},
+        {"config": [1]},
+        {"backbone": 3},
+        {"script": ["dino"]},
+    ],
 )
 def test_a_checkpoint_of_other_types_is_none(folder, changes):
     (folder / "ckpt-previous.pt").unlink()
@@ -330,7 +384,10 @@ def test_a_checkpoint_of_other_types_is_none(folder, changes):
         load_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name, value", [("network", 3), ("network", [1]), ("optimizer", {"state": 1}), ("optimizer", "x"), ("center", "x")])
+@pytest.mark.parametrize(
+    "name, value",
+    [("network", 3), ("network", [1]), ("optimizer", {"state": 1}), ("optimizer", "x"), ("center", "x")],
+)
 def test_a_state_that_does_not_fit_is_one_sentence(small, tmp_path, name, value):
     r = small()
     r.save(1)
@@ -340,7 +397,10 @@ def test_a_state_that_does_not_fit_is_one_sentence(small, tmp_path, name, value)
         small(resume=True)
 
 
-@pytest.mark.parametrize("args", [{"depth": 10**6}, {"depth": "3"}, {"heads": 0}, {"dim": -4}, {"dim": [8]}, {"dim": 10**9, "heads": 1}])
+@pytest.mark.parametrize(
+    "args",
+    [{"depth": 10**6}, {"depth": "3"}, {"heads": 0}, {"dim": -4}, {"dim": [8]}, {"dim": 10**9, "heads": 1}],
+)
 def test_a_backbone_that_cannot_be_built_is_one_sentence(folder, args):
     (folder / "ckpt-previous.pt").unlink()
     edit(folder / "ckpt.pt", lambda saved: saved["backbone"]["args"].update(args))
@@ -350,7 +410,13 @@ def test_a_backbone_that_cannot_be_built_is_one_sentence(folder, args):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model_args": [1]}, {"model_args": {"num_heads": "2"}}, {"model_args": {"num_heads": -2}}, {"dataset": ["shapes"]}, {"data_dir": 7}],
+    [
+        {"model_args": [1]},
+        {"model_args": {"num_heads": "2"}},
+        {"model_args": {"num_heads": -2}},
+        {"dataset": ["shapes"]},
+        {"data_dir": 7},
+    ],
 )
 def test_an_export_of_other_types_is_one_sentence_or_none(folder, changes):
     edit(folder / "export" / "config.json", lambda content: content.update(changes))
@@ -372,7 +438,9 @@ def test_deeply_nested_json_is_one_sentence(folder):
         read_log(folder / "log.jsonl")
 
 
-@pytest.mark.parametrize("line", ["7", "[1]", "null", '{"loss": 1}', '{"step": "7"}', '{"step": [1]}', '{"step": tr'])
+@pytest.mark.parametrize(
+    "line", ["7", "[1]", "null", '{"loss": 1}', '{"step": "7"}', '{"step": [1]}', '{"step": tr']
+)
 def test_a_row_of_another_type_is_one_sentence_but_for_the_last(tmp_path, line):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1}\n' + line)

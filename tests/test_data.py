@@ -1,4 +1,6 @@
-"""Data sets: files as published, a cache that survives a kill, a sentence for every bad input, batches read ahead."""
+"""Data sets: files as published, a cache that survives a kill, a sentence for every bad input, batches read
+ahead.
+"""
 
 import functools
 import os
@@ -37,11 +39,14 @@ def imagenet(root, n=10, width=3072, low=1, high=200, batches=(1,), dtype=np.uin
     root.mkdir(exist_ok=True)
     for seed, name in enumerate((*(f"train_data_batch_{i}" for i in batches), "val_data")):
         labels = np.linspace(low, high, n).astype(np.int64)
-        np.savez(root / f"{name}.npz", **{"data": noise(n, width, seed=seed).astype(dtype), "labels": labels} | more)
+        np.savez(
+            root / f"{name}.npz",
+            **{"data": noise(n, width, seed=seed).astype(dtype), "labels": labels} | more,
+        )
     return root
 
 
-# ----------------------------------------------------------------------------------------------------------- bad inputs
+# bad inputs
 
 
 def broken(path, content=b"no image"):
@@ -74,26 +79,78 @@ BAD = {  # what is made in a folder, what is loaded, what is said
     "nothing in it": (lambda r: None, {}, "holds nothing: put images into"),
     "no images": (lambda r: broken(r / "train/a/notes.txt"), {}, "holds 1 files, none with an image's name"),
     "only hidden images": (lambda r: broken(r / "train/a/.0.jpg"), {}, "none with an image's name"),
-    "text called jpg": (lambda r: broken(photographs(r) / "train/a/9.jpg"), {}, r"a/9.jpg cannot be read as an image"),
-    "empty file": (lambda r: broken(photographs(r) / "train/a/9.png", b""), {}, r"a/9.png cannot be read as an image"),
-    "cut off jpg": (lambda r: cut(photographs(r) / "train/b/2.jpg"), {}, r"b/2.jpg cannot be read .*truncated"),
+    "text called jpg": (
+        lambda r: broken(photographs(r) / "train/a/9.jpg"),
+        {},
+        r"a/9.jpg cannot be read as an image",
+    ),
+    "empty file": (
+        lambda r: broken(photographs(r) / "train/a/9.png", b""),
+        {},
+        r"a/9.png cannot be read as an image",
+    ),
+    "cut off jpg": (
+        lambda r: cut(photographs(r) / "train/b/2.jpg"),
+        {},
+        r"b/2.jpg cannot be read .*truncated",
+    ),
     "link to nowhere": (unreadable, {}, r"a/0.jpg cannot be read \(No such file"),
     "image beside class folders": (lambda r: broken(photographs(r) / "train/9.jpg"), {}, FLAT),
-    "test class never trained": (lambda r: photographs(photographs(r), classes=("c",), part="test"), dict(split="test"), FLAT),
+    "test class never trained": (
+        lambda r: photographs(photographs(r), classes=("c",), part="test"),
+        dict(split="test"),
+        FLAT,
+    ),
     "no test folder": (photographs, dict(split="test"), "has no test/ or val/ folder"),
-    "one bad image": (lambda r: one_in_two_hundred(r, 1), {}, r"a/0.jpg .*: mend or remove, or .* --skip_bad_images=True"),
-    "two bad images": (lambda r: one_in_two_hundred(r, 2), {}, r"a/0.jpg cannot .*nor 1 more, such as .*a/1.jpg"),
-    "too many bad images": (lambda r: one_in_two_hundred(r, 3), dict(skip_bad_images=True), "3 of 200 images are too many"),
+    "one bad image": (
+        lambda r: one_in_two_hundred(r, 1),
+        {},
+        r"a/0.jpg .*: mend or remove, or .* --skip_bad_images=True",
+    ),
+    "two bad images": (
+        lambda r: one_in_two_hundred(r, 2),
+        {},
+        r"a/0.jpg cannot .*nor 1 more, such as .*a/1.jpg",
+    ),
+    "too many bad images": (
+        lambda r: one_in_two_hundred(r, 3),
+        dict(skip_bad_images=True),
+        "3 of 200 images are too many",
+    ),
     "no npz": (lambda r: None, NPZ, "no train_data_batch_1.npz: get the npz files .*image-net.org"),
-    "no val npz": (lambda r: (imagenet(r) / "val_data.npz").unlink(), NPZ | dict(split="test"), "no val_data.npz"),
-    "cut off npz": (lambda r: cut(imagenet(r) / "train_data_batch_1.npz"), NPZ, "batch_1.npz is no whole batch"),
-    "labels from 0": (lambda r: imagenet(r, low=0), NPZ, r"batch_1.npz has labels int64 \[10\], the first 0: .* counted from 1"),
+    "no val npz": (
+        lambda r: (imagenet(r) / "val_data.npz").unlink(),
+        NPZ | dict(split="test"),
+        "no val_data.npz",
+    ),
+    "cut off npz": (
+        lambda r: cut(imagenet(r) / "train_data_batch_1.npz"),
+        NPZ,
+        "batch_1.npz is no whole batch",
+    ),
+    "labels from 0": (
+        lambda r: imagenet(r, low=0),
+        NPZ,
+        r"batch_1.npz has labels int64 \[10\], the first 0: .* counted from 1",
+    ),
     "wrong width": (lambda r: imagenet(r, width=768), NPZ, r"uint8 \[10, 768\], not uint8 \[n 3072\]"),
     "not bytes": (lambda r: imagenet(r, dtype=np.float32), NPZ, r"holds data float32 \[10, 3072\]"),
-    "label missing": (lambda r: imagenet(r, labels=np.ones(9, int)), NPZ, r"labels int64 \[9\], .*for each image"),
-    "labels are text": (lambda r: imagenet(r, labels=np.array(["cat"] * 10)), NPZ, r"labels <U3 .*the first cat: a number"),
+    "label missing": (
+        lambda r: imagenet(r, labels=np.ones(9, int)),
+        NPZ,
+        r"labels int64 \[9\], .*for each image",
+    ),
+    "labels are text": (
+        lambda r: imagenet(r, labels=np.array(["cat"] * 10)),
+        NPZ,
+        r"labels <U3 .*the first cat: a number",
+    ),
     "pickled labels": (lambda r: imagenet(r, labels=np.array([None] * 10)), NPZ, "allow_pickle=False"),
-    "other keys": (lambda r: np.savez(r / "train_data_batch_1.npz", x=1), NPZ, "no whole batch of ImageNet-32"),
+    "other keys": (
+        lambda r: np.savez(r / "train_data_batch_1.npz", x=1),
+        NPZ,
+        "no whole batch of ImageNet-32",
+    ),
 }
 
 
@@ -107,7 +164,8 @@ def test_bad_input_is_a_sentence_that_names_it(case, tmp_path):
         load(**{"dataset": "folder", "data_dir": root, "image_size": 32} | keys)
 
 
-# ------------------------------------------------------------------------------------------------------------ data sets
+#
+# data sets
 
 
 def test_imagenet32_is_read_as_published(tmp_path):
@@ -138,7 +196,10 @@ def test_stl10_trains_on_what_has_no_label(tmp_path, monkeypatch):
             (np.arange(n, dtype=np.uint8) % 10 + 1).tofile(root / f"{part}_y.bin")
     (root / "class_names.txt").write_text("\n".join("abcdefghij"))
     train, test = (load("stl10", tmp_path, 96, split) for split in ("train", "test"))
-    assert train.images.shape == (50, 3, 96, 96) and train.labels.tolist() == [i % 10 for i in range(20)] + [-1] * 30
+    assert (
+        train.images.shape == (50, 3, 96, 96)
+        and train.labels.tolist() == [i % 10 for i in range(20)] + [-1] * 30
+    )
     assert test.labels.tolist() == list(range(8)) and load("stl10", tmp_path, 48).images.shape[-1] == 48
 
 
@@ -156,13 +217,23 @@ def test_a_mirror_is_asked_instead(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [(1, 1), (3, 4000), (4000, 3), (33, 32)])
 def test_images_of_any_shape(size, tmp_path):
     Image.fromarray(np.full((*size, 3), 200, np.uint8)).save(tmp_path / "a.png")
-    assert decode(tmp_path / "a.png", 32).shape == (3, 32, 32) and (decode(tmp_path / "a.png", 32) == 200).all()
+    assert (
+        decode(tmp_path / "a.png", 32).shape == (3, 32, 32) and (decode(tmp_path / "a.png", 32) == 200).all()
+    )
 
 
 def test_images_of_any_kind(tmp_path):
     red = np.zeros((40, 60, 3), np.uint8)
     red[:, :30, 0] = 255  # red on the left
-    for mode, name in {"RGBA": "a.png", "CMYK": "b.jpg", "P": "c.gif", "RGB": "d.webp", "L": "e.png", "1": "f.png", "LA": "g.png"}.items():
+    for mode, name in {
+        "RGBA": "a.png",
+        "CMYK": "b.jpg",
+        "P": "c.gif",
+        "RGB": "d.webp",
+        "L": "e.png",
+        "1": "f.png",
+        "LA": "g.png",
+    }.items():
         Image.fromarray(red).convert(mode).save(tmp_path / name)
         pixels = decode(tmp_path / name, 16).astype(int)
         assert pixels[0, :, :6].mean() > pixels[0, :, 10:].mean() + 50, mode
@@ -178,19 +249,24 @@ def test_a_huge_image_is_read_small(tmp_path):
     assert decode(tmp_path / "a.jpg", 32).shape == (3, 32, 32)
 
 
-# ---------------------------------------------------------------------------------------------------------------- cache
+#
+# cache
 
 
 def test_broken_images_are_left_out_and_labels_stay_right(tmp_path, capsys):
     root = photographs(tmp_path, n=100)
     for c in "ab":  # every image of a class in its own brightness
         for i in range(100):
-            Image.fromarray(np.full((40, 40, 3), 50 if c == "a" else 200, np.uint8)).save(root / f"train/{c}/{i}.jpg")
+            Image.fromarray(np.full((40, 40, 3), 50 if c == "a" else 200, np.uint8)).save(
+                root / f"train/{c}/{i}.jpg"
+            )
     broken(root / "train" / "a" / "3.jpg"), broken(root / "train" / "b" / "17.jpg")
     for _ in range(2):  # decoded, then from the cache
         found = load("folder", root, 16, skip_bad_images=True)
         assert len(found.images) == len(found.labels) == 198 and found.labels.bincount().tolist() == [99, 99]
-        assert torch.equal(found.images.float().mean((1, 2, 3)).round(), torch.where(found.labels == 0, 50.0, 200.0))
+        assert torch.equal(
+            found.images.float().mean((1, 2, 3)).round(), torch.where(found.labels == 0, 50.0, 200.0)
+        )
         assert "left out 2 of 200 images" in capsys.readouterr().out
 
 
@@ -203,7 +279,9 @@ def many(root, n, seed=0):
 
 def test_a_killed_cache_goes_on_where_it_was(tmp_path):
     root = many(tmp_path, 3000)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; data.load('folder', {str(root)!r}, 64)"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; data.load('folder', {str(root)!r}, 64)"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     flags = []
     while not any(np.fromfile(f, np.uint8).any() for f in flags):
@@ -222,14 +300,19 @@ def test_a_killed_cache_goes_on_where_it_was(tmp_path):
         file.write(b"\x07" * 3)
     images = load("folder", root, 64).images
     expected = torch.arange(3000) % 251
-    assert images[row].flatten()[:3].tolist() == [7, 7, 7] and torch.equal(images[:, 2, 63, 63].long(), expected)
+    assert images[row].flatten()[:3].tolist() == [7, 7, 7] and torch.equal(
+        images[:, 2, 63, 63].long(), expected
+    )
     assert not list((root / ".cache").glob("*.part"))
 
 
 def test_two_runs_make_one_cache(tmp_path):
     root = many(tmp_path, 600)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; print(data.load('folder', {str(root)!r}, 16).images.sum().item())"
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    images = f"data.load('folder', {str(root)!r}, 16).images"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; print({images}.sum().item())"
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     sums = {process.communicate()[0].splitlines()[-1] for process in both}
     assert len(sums) == 1 and [process.returncode for process in both] == [0, 0]
     assert len(list((root / ".cache").glob("*.npy"))) == 1
@@ -269,30 +352,43 @@ def test_a_kill_while_holes_are_closed_does_no_harm(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="killed"):
             load("folder", root, 16, skip_bad_images=True)
     found = load("folder", root, 16, skip_bad_images=True)
-    sums = [int(decode(path, 16).sum()) for path in (root / "train").rglob("*.jpg") if path.stat().st_size > 100]
+    sums = [
+        int(decode(path, 16).sum()) for path in (root / "train").rglob("*.jpg") if path.stat().st_size > 100
+    ]
     assert len(found.images) == 199 and sorted(found.images.sum((1, 2, 3)).tolist()) == sorted(sums)
 
 
 def test_many_warnings_of_a_worker_do_not_stop_it(tmp_path, monkeypatch):
     root = photographs(tmp_path)
-    loud = "import runpy, sys; sys.stderr.write('warning\\n' * 50_000); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    loud = "import runpy, sys; sys.stderr.write('warning\\n' * 50_000); del sys.argv[0]; "
+    loud += "runpy.run_path(sys.argv[0], run_name='__main__')"
     popen = subprocess.Popen
-    monkeypatch.setattr(decoding.subprocess, "Popen", lambda words, **keys: popen([sys.executable, "-c", loud, *words[1:]], **keys))
+    monkeypatch.setattr(
+        decoding.subprocess,
+        "Popen",
+        lambda words, **keys: popen([sys.executable, "-c", loud, *words[1:]], **keys),
+    )
     assert len(load("folder", root, 16).images) == 8
 
 
 def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
     root = photographs(tmp_path)
-    for flags in ("-c", "import sys; sys.exit('No space left on device')"), ("-c", "import os; os.kill(os.getpid(), 9)"):
+    for flags in (
+        ("-c", "import sys; sys.exit('No space left on device')"),
+        ("-c", "import os; os.kill(os.getpid(), 9)"),
+    ):
         with monkeypatch.context() as patch:
             worker = functools.partial(subprocess.Popen, [sys.executable, *flags])
             patch.setattr(decoding.subprocess, "Popen", lambda words, worker=worker, **keys: worker(**keys))
-            with pytest.raises(UserError, match=r"cache .*train-16-.* cannot be made or read: (No space left|exit code -9)"):
+            with pytest.raises(
+                UserError, match=r"cache .*train-16-.* cannot be made or read: (No space left|exit code -9)"
+            ):
                 load("folder", root, 16)
     assert len(load("folder", root, 16).images) == 8
 
 
-# -------------------------------------------------------------------------------------------------------------- batches
+#
+# batches
 
 
 def test_batches_read_ahead_are_the_batches_in_memory(capsys):

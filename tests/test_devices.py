@@ -1,6 +1,8 @@
-"""Every device, precision and torch.compile teach what the CPU teaches in float32, and no step waits for its device.
+"""Every device, precision and torch.compile teach what the CPU teaches in float32, and no step waits for its
+device.
 
-Tests that need a GPU are marked `gpu`: `pytest -m gpu` runs them alone, elsewhere they are skipped. Float32 agrees to 1e-4, bfloat16
+Tests that need a GPU are marked `gpu`: `pytest -m gpu` runs them alone, elsewhere they are skipped.
+Float32 agrees to 1e-4, bfloat16
 to 2e-2, relative to the size of what is compared.
 """
 
@@ -25,16 +27,25 @@ from data import Crop, multi_crop
 from twins import monitor, processes
 from twins.files import read_checkpoint
 
-NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here; with one: pytest -m gpu")]
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here; with one: pytest -m gpu"),
+]
 gpu = [pytest.param("cuda", marks=NEEDS_GPU)]
-CROPS = [Crop(32, (0.4, 1.0), blur=1.0), Crop(32, (0.4, 1.0), blur=0.1, solarize=0.2), *[Crop(16, (0.1, 0.4), blur=0.5)] * 6]
+CROPS = [
+    Crop(32, (0.4, 1.0), blur=1.0),
+    Crop(32, (0.4, 1.0), blur=0.1, solarize=0.2),
+    *[Crop(16, (0.1, 0.4), blur=0.5)] * 6,
+]
 
 
 @pytest.fixture
 def teach(train, monkeypatch):
-    """teach(script, **keys): the losses of three steps [3] and the first gradient of all the student's parameters [p].
+    """teach(script, **keys): the losses of three steps [3] and the first gradient of all the student's
+    parameters [p].
 
-    Compiled without a graph break, on the CPU as far as the traced graph, which C++ would take a minute to compile.
+    Compiled without a graph break, on the CPU as far as the traced graph, which C++ would take a minute
+    to compile.
     """
 
     def run(script, **keys):
@@ -50,7 +61,11 @@ def teach(train, monkeypatch):
                 p.register_post_accumulate_grad_hook(lambda p, name=name: keep(name, p))
 
         backend = "inductor" if keys.get("device") == "cuda" else "aot_eager"
-        monkeypatch.setattr(torch.nn.Module, "compile", lambda module, options: compile(module, fullgraph=True, backend=backend))
+        monkeypatch.setattr(
+            torch.nn.Module,
+            "compile",
+            lambda module, options: compile(module, fullgraph=True, backend=backend),
+        )
         keys |= {"drop_path": 0.0}  # its random numbers are others on every device
         train(script, spy, dim=48, heads=3, depth=1, batch_size=64, **keys)
         return torch.tensor(losses), torch.cat([gradients[name] for name in sorted(gradients)])
@@ -65,7 +80,11 @@ def distance(x, reference):
 
 
 CPU = [("cpu", "bfloat16", False), ("cpu", "float32", True)]
-CUDA = [pytest.param("cuda", dtype, compiled, marks=NEEDS_GPU) for dtype in ("float32", "bfloat16") for compiled in (False, True)]
+CUDA = [
+    pytest.param("cuda", dtype, compiled, marks=NEEDS_GPU)
+    for dtype in ("float32", "bfloat16")
+    for compiled in (False, True)
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -73,16 +92,19 @@ CUDA = [pytest.param("cuda", dtype, compiled, marks=NEEDS_GPU) for dtype in ("fl
 def test_losses_and_gradients_are_those_of_the_cpu_in_float32(teach, script, device, dtype, compiled):
     losses, gradient = teach(script, device="cpu", dtype="float32")
     other_losses, other_gradient = teach(script, device=device, dtype=dtype, compile=compiled)
-    assert len(losses) == 3 and (other_losses - losses).abs().div(losses).max() < (1e-4 if dtype == "float32" else 2e-2)
+    assert len(losses) == 3 and (other_losses - losses).abs().div(losses).max() < (
+        1e-4 if dtype == "float32" else 2e-2
+    )
     if dtype == "float32":
         assert distance(other_gradient, gradient) < 1e-4
-    else:  # 0.1 to 0.3 away in models this small, at their start, whose features hardly differ yet; 0.02 in ViT-Ti
+    # 0.1 to 0.3 away in models this small, at their start, whose features hardly differ yet; 0.02 in ViT-Ti
+    else:
         assert torch.cosine_similarity(other_gradient, gradient, dim=0) > 0.9
 
 
 @pytest.mark.parametrize("device", ["cpu", *gpu])
 def test_compiled_or_not_drop_path_draws_the_same(train, monkeypatch, device):
-    """The graph is traced in full, random numbers with it; on the CPU C++ is left out, which takes a minute."""
+    """The graph is traced in full, random numbers with it; on the CPU without C++, which takes a minute."""
     backend = "inductor" if device == "cuda" else "aot_eager"
     compile = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, options: compile(module, backend=backend))
@@ -95,9 +117,11 @@ def test_compiled_or_not_drop_path_draws_the_same(train, monkeypatch, device):
 
 
 class Waiting(TorchFunctionMode):
-    """Lists the calls that would make a program wait for a GPU, seen on `meta`, a device whose tensors hold no numbers.
+    """Lists the calls that would make a program wait for a GPU, seen on `meta`, a device whose tensors hold
+    no numbers.
 
-    Such are copies from the CPU that do not go through to_device(). Reading a number is an error of `meta` itself.
+    Such are copies from the CPU that do not go through to_device(). Reading a number is an error of
+    `meta` itself.
     """
 
     def __init__(self):
@@ -115,7 +139,7 @@ class Waiting(TorchFunctionMode):
 
 @pytest.fixture
 def step_on_meta(train, monkeypatch):
-    """step_on_meta(script, **keys) runs two steps on `meta` and returns what the second one would wait for."""
+    """step_on_meta(script, **keys): two steps on `meta`; returns what the second one would wait for."""
 
     def run(script, **keys):
         def spy(g):
@@ -136,23 +160,31 @@ def step_on_meta(train, monkeypatch):
         with torch._C.DisableTorchFunction():
             return from_tensor(x, device)
 
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, fused, **keys: adamw(*args, **keys))  # there is no fused one
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda *args, fused, **keys: adamw(*args, **keys)
+    )  # there is no fused one
     monkeypatch.setattr(processes, "setup", lambda *args: (torch.device("meta"), contextlib.nullcontext()))
     monkeypatch.setattr(monitor, "evaluate", lambda *args: {})
     monkeypatch.setattr(data, "to_device", to_device)
-    monkeypatch.setattr(run_module.Run, "check", lambda *args, **losses: None)  # it reads numbers, every log_every steps
+    monkeypatch.setattr(
+        run_module.Run, "check", lambda *args, **losses: None
+    )  # it reads numbers, every log_every steps
     monkeypatch.setattr(data, "fingerprint", lambda data: "")
     return run
 
 
-@pytest.mark.parametrize("script, keys", [*((script, {}) for script in SCRIPTS), ("hybrid_a.py", {"blur": True, "head": "two"})])
+@pytest.mark.parametrize(
+    "script, keys", [*((script, {}) for script in SCRIPTS), ("hybrid_a.py", {"blur": True, "head": "two"})]
+)
 def test_a_step_waits_for_its_device_nowhere(step_on_meta, script, keys):
     assert step_on_meta(script, n_local=2, **keys) == []
 
 
 def test_waiting_is_found(step_on_meta, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(data, "constant", lambda values, device, dtype: torch.tensor(values, device=device, dtype=dtype))
+        patch.setattr(
+            data, "constant", lambda values, device, dtype: torch.tensor(values, device=device, dtype=dtype)
+        )
         assert set(step_on_meta("dino.py")) == {"tensor"}
     with monkeypatch.context() as patch:
         patch.setattr(data.Batches, "read", lambda self, step: self.images[self.rows[:16]])
@@ -173,16 +205,21 @@ def test_the_gpus_memory_is_full(train, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("a smaller --batch_size needs less memory\n")
 
 
-# ---------------------------------------------------------------------------------------------------------- with a GPU
+# ----------------------------------------------------------------------------------------------------------
+# with a GPU
 
 
 @pytest.mark.parametrize("device", gpu)
 @pytest.mark.parametrize("blur", [False, True])
 def test_views_are_those_of_the_cpu(device, blur):
     """Equal at every pixel, so equally distributed too: the random numbers are the CPU's."""
-    images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     crops = [crop._replace(blur=crop.blur * blur) for crop in CROPS]
-    for here, there in zip(multi_crop(images, crops, 3, 5), multi_crop(images.to(device), crops, 3, 5), strict=True):
+    for here, there in zip(
+        multi_crop(images, crops, 3, 5), multi_crop(images.to(device), crops, 3, 5), strict=True
+    ):
         assert there.device.type == "cuda"
         torch.testing.assert_close(there.cpu(), here, atol=1e-4, rtol=1e-4)
 
@@ -198,7 +235,9 @@ def test_a_gpu_is_never_waited_for(train, monkeypatch, device):
 
     monkeypatch.setattr(run_module.Run, "update", watched)
     try:
-        assert train("hybrid_a.py", device=device, n_local=2, blur=True, max_steps=4, log_every=100)["done"] == 4
+        assert (
+            train("hybrid_a.py", device=device, n_local=2, blur=True, max_steps=4, log_every=100)["done"] == 4
+        )
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -206,7 +245,9 @@ def test_a_gpu_is_never_waited_for(train, monkeypatch, device):
 @pytest.mark.parametrize("device", gpu)
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_goes_on_there_and_elsewhere(train, tmp_path, device, script):
-    """Stopped after two of four steps: resumed on the GPU it goes on as if it had not been, and on the CPU, too."""
+    """Stopped after two of four steps: resumed on the GPU it goes on as if it had not been, and on the CPU,
+    too.
+    """
 
     def stop(g):
         if g["step"] == 1:
@@ -219,29 +260,44 @@ def test_a_run_goes_on_there_and_elsewhere(train, tmp_path, device, script):
         with pytest.raises(SystemExit):
             train(script, stop, device=device, out_dir=out, **keys)
         rows = train(script, device=where, out_dir=out, resume=True, **keys)["run"].rows
-        assert rows[-1]["loss"] == pytest.approx(whole[-1]["loss"], rel=1e-3)  # sums in another order, two optimizer steps on
+        assert rows[-1]["loss"] == pytest.approx(
+            whole[-1]["loss"], rel=1e-3
+        )  # sums in another order, two optimizer steps on
         assert ("peak_gib" in rows[-1]) == (where == "cuda")
 
 
 @pytest.mark.parametrize("device", gpu)
 def test_batches_read_ahead_are_those_held(device):
     images = torch.arange(50 * 12).view(50, 3, 2, 2).to(torch.uint8)
-    held, ahead = (data.Batches(images, torch.arange(50), 8, 0, torch.device(device), gib) for gib in (1.0, 0.0))
+    held, ahead = (
+        data.Batches(images, torch.arange(50), 8, 0, torch.device(device), gib) for gib in (1.0, 0.0)
+    )
     assert all(torch.equal(held(step), ahead(step)) and ahead(step + 1).is_cuda for step in range(0, 20, 2))
 
 
 @pytest.mark.parametrize("device", gpu)
 def test_the_monitor_sees_what_the_cpu_sees(train, device):
-    rows = [train("barlow.py", device=where, dtype="float32", max_steps=1, depth=3)["run"].rows[0] for where in ("cpu", device)]
-    assert rows[1] == pytest.approx(rows[0], rel=1e-3, abs=1 / 50 + 1e-6)  # of 50 queries one may be on the edge
+    rows = [
+        train("barlow.py", device=where, dtype="float32", max_steps=1, depth=3)["run"].rows[0]
+        for where in ("cpu", device)
+    ]
+    assert rows[1] == pytest.approx(
+        rows[0], rel=1e-3, abs=1 / 50 + 1e-6
+    )  # of 50 queries one may be on the edge
 
 
 @pytest.mark.parametrize("device", gpu)
 @pytest.mark.parametrize("script", ["eval_linear.py", "attn_viz.py", "seg_transfer.py"])
 def test_an_evaluation_finds_what_the_cpu_finds(train, command, tmp_path, device, script):
-    """The top-1 of linear probes and k-NN, the attention's entropy, the linear head's mIoU, in float32, and in bfloat16 nearly."""
+    """The top-1 of linear probes and k-NN, the attention's entropy, the linear head's mIoU, in float32, and
+    in bfloat16 nearly.
+    """
     checkpoint = Path(train("barlow.py")["out_dir"]) / "ckpt.pt"
-    more = {"eval_linear.py": {"label_fraction": 0.1}, "attn_viz.py": {"n_images": 100}, "seg_transfer.py": {"max_steps": 10}}
+    more = {
+        "eval_linear.py": {"label_fraction": 0.1},
+        "attn_viz.py": {"n_images": 100},
+        "seg_transfer.py": {"max_steps": 10},
+    }
 
     def figures(device, dtype):
         out = tmp_path / f"{device}-{dtype}"
@@ -261,7 +317,11 @@ def test_an_evaluation_finds_what_the_cpu_finds(train, command, tmp_path, device
 def test_bfloat16_is_the_default_only_where_the_gpu_has_it(monkeypatch, device):
     """A GPU without it emulates it, slower than float32."""
     for native in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, n=native: n or including_emulation)
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, n=native: n or including_emulation,
+        )
         with processes.setup(device, "auto", 0)[1]:
             assert torch.is_autocast_enabled(device) == native
 
@@ -281,7 +341,15 @@ def test_nccl_has_a_gradient(tmp_path, device):
 @pytest.mark.parametrize("device", gpu)
 def test_torchrun_starts_and_ends(tmp_path, device):
     keys = tiny("hybrid_b.py", device=device, out_dir=tmp_path / "run")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(ROOT / "hybrid_b.py"), *keys]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=1",
+        str(ROOT / "hybrid_b.py"),
+        *keys,
+    ]
     done = subprocess.run(words, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 3

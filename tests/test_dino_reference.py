@@ -1,7 +1,9 @@
 """Thirty steps of dino.py in float64 are DINO's published algorithm, written by hand as plainly as it can be.
 
-Sources: the pseudocode and section 3 of Caron et al., 2104.14294; main_dino.py, utils.py and vision_transformer.py of
-facebookresearch/dino. Ours are the views, the initial weights and the ViT (tests/test_vit.py holds it to timm's).
+Sources: the pseudocode and section 3 of Caron et al., 2104.14294; main_dino.py, utils.py and
+vision_transformer.py of
+facebookresearch/dino. Ours are the views, the initial weights and the ViT (tests/test_vit.py holds it to
+timm's).
 lightly's DINOLoss is a second oracle of the loss and the centre.
 """
 
@@ -16,7 +18,9 @@ from torch import nn
 import data
 
 EPOCHS, STEPS_PER_EPOCH, BATCH = 5, 6, 8
-OPTIONS = dict(base_lr=0.1, min_lr=1e-5, warmup_epochs=2, wd=0.04, wd_end=0.4, grad_clip=0.03, ema=0.9, ema_end=1.0)
+OPTIONS = dict(
+    base_lr=0.1, min_lr=1e-5, warmup_epochs=2, wd=0.04, wd_end=0.4, grad_clip=0.03, ema=0.9, ema_end=1.0
+)
 OPTIONS |= dict(tau_s=0.1, tau_t_start=0.04, tau_t=0.07, tau_t_warmup_epochs=3, freeze_last_layer_epochs=1)
 OPTIONS |= dict(center_momentum=0.9, n_local=2)
 SAME = dict(rtol=1e-9, atol=1e-9)
@@ -109,7 +113,9 @@ def published_dino(recorder, norm_last_layer):
         loss = dino_loss(student_out, teacher_out, center, o["tau_s"], tau_t_schedule[epoch])
         second = oracle(teacher_out, student_out, teacher_temp=tau_t_schedule[epoch])
         torch.testing.assert_close(second, loss, **SAME)
-        center = center * o["center_momentum"] + torch.cat(teacher_out).mean(0, keepdim=True) * (1 - o["center_momentum"])
+        center = center * o["center_momentum"] + torch.cat(teacher_out).mean(0, keepdim=True) * (
+            1 - o["center_momentum"]
+        )
         torch.testing.assert_close(oracle.center[0], center, **SAME)
         optimizer.zero_grad()
         loss.backward()
@@ -135,7 +141,9 @@ def weights(network):
     """The parameters of ours or of the reference under one set of names."""
     found = {f"backbone.{name}": value for name, value in network.backbone.named_parameters()}
     linear = [layer for layer in getattr(network, "head", network).mlp if isinstance(layer, nn.Linear)]
-    found |= {f"mlp.{i}.{name}": value for i, layer in enumerate(linear) for name, value in layer.named_parameters()}
+    found |= {
+        f"mlp.{i}.{name}": value for i, layer in enumerate(linear) for name, value in layer.named_parameters()
+    }
     if hasattr(network, "head"):
         last = network.head.length, network.head.last.weight
     else:

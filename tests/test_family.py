@@ -1,7 +1,8 @@
 """The four scripts are one family: what is the same in them is the same to the letter, and nothing drifts.
 
-Between `# --- method` and `# --- end method` a script is on its own. Elsewhere the loops are equal, keys of one name have one
-default and one meaning, functions and classes of one name have one source. Exceptions are listed here, with a reason.
+Between `# --- method` and `# --- end method` a script is on its own. Elsewhere the loops are equal, keys of
+one name have one default and one meaning, functions and classes of one name have one source. Exceptions are
+listed here, with a reason.
 """
 
 import ast
@@ -18,18 +19,64 @@ OWN = {
     ("dino.py", "Network"): "a head, no projector",
     ("barlow.py", "proj_dim"): "its only Z, wider than a hybrid's second one",
 }
-SHARED = ["dataset", "data_dir", "out_dir", "preset", "skip_bad_images", "memory_gib", "resume", "init", "seed", "device", "dtype", "compile", "epochs", "max_steps", "batch_size", "base_lr", "min_lr", "warmup_epochs", "wd", "wd_end", "grad_clip", "image_size", "cache_size", "local_size", "n_local", "global_scale", "local_scale", "blur", "patch_size", "dim", "depth", "heads", "drop_path", "knn_bank", "knn_queries", "eval_every", "save_every", "log_every", "logger"]
+SHARED = [
+    "dataset",
+    "data_dir",
+    "out_dir",
+    "preset",
+    "skip_bad_images",
+    "memory_gib",
+    "resume",
+    "init",
+    "seed",
+    "device",
+    "dtype",
+    "compile",
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "base_lr",
+    "min_lr",
+    "warmup_epochs",
+    "wd",
+    "wd_end",
+    "grad_clip",
+    "image_size",
+    "cache_size",
+    "local_size",
+    "n_local",
+    "global_scale",
+    "local_scale",
+    "blur",
+    "patch_size",
+    "dim",
+    "depth",
+    "heads",
+    "drop_path",
+    "knn_bank",
+    "knn_queries",
+    "eval_every",
+    "save_every",
+    "log_every",
+    "logger",
+]
 OWN_PRESETS = ("n_local",)  # Barlow Twins has two views
 
 
 def parts(source):
-    """The loop outside its method regions; keys {name: line}; functions and classes {name: source}; presets {key: source}."""
+    """The loop outside its method regions; keys {name: line}; functions and classes {name: source}; presets
+    {key: source}.
+    """
     tree = ast.parse(source)
     top, main = source.split('if __name__ == "__main__":\n')
     loop = re.sub(r" *# --- method\n.*?# --- end method\n", "", main, flags=re.S)
     keys = dict(re.findall(r"^((\w+) = .*)$", top, re.M))
     keys = {name: line for line, name in keys.items() if name.islower()}
-    named = {n.name: ast.get_source_segment(source, n) for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    named = {
+        n.name: ast.get_source_segment(source, n)
+        for n in tree.body
+        if isinstance(n, ast.FunctionDef | ast.ClassDef)
+    }
     assigned = next(n for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "PRESETS")
     presets = {
         f"{name}.{key}": value
@@ -46,11 +93,16 @@ def drift(sources):
     dino = all_parts["dino.py"]
     for script, (loop, keys, _, _) in all_parts.items():
         if loop != dino[0]:
-            changed = [line for line in difflib.ndiff(dino[0].splitlines(), loop.splitlines()) if line[0] in "+-"]
+            changed = [
+                line for line in difflib.ndiff(dino[0].splitlines(), loop.splitlines()) if line[0] in "+-"
+            ]
             found.append(f"{script}'s loop is not dino.py's: {changed}")
         shared = [key for key in keys if key in SHARED]
         if shared != SHARED:
-            found.append(f"{script} has not the keys all four share, in their order: {set(SHARED) ^ set(shared) or shared}")
+            found.append(
+                f"{script} has not the keys all four share, in their order: "
+                f"{set(SHARED) ^ set(shared) or shared}"
+            )
     for kind, what in ((1, "key"), (2, "function or class"), (3, "preset")):
         first = {}
         for script, p in all_parts.items():
@@ -77,10 +129,14 @@ def test_nothing_drifts(sources):
     "what, old, new",
     [
         ("an edited line in a loop", "loss.backward()", "(2 * loss).backward()"),
-        ("a line more in a loop", "        done = step + 1\n", "        done = step + 1\n        step += 0\n"),
+        (
+            "a line more in a loop",
+            "        done = step + 1\n",
+            "        done = step + 1\n        step += 0\n",
+        ),
         ("a renamed key", "grad_clip", "clip_grad"),
         ("a changed default", "wd_end = 0.4", "wd_end = 0.3"),
-        ('a changed preset', '"base_lr": 2e-3', '"base_lr": 3e-3'),
+        ("a changed preset", '"base_lr": 2e-3', '"base_lr": 3e-3'),
         ("an edited copy of a function", "    warmup = int(warmup)\n", "    warmup = round(warmup)\n"),
         ("an edited copy of a comment", "each alone", "all together"),
     ],
@@ -92,13 +148,19 @@ def test_drift_is_found(sources, script, what, old, new):
 
 def test_shared_losses_drift_is_found(sources):
     for script in ("barlow.py", "hybrid_a.py", "hybrid_b.py"):
-        assert drift(sources | {script: sources[script].replace("lambd * off_diagonal", "off_diagonal")}) != []
+        assert (
+            drift(sources | {script: sources[script].replace("lambd * off_diagonal", "off_diagonal")}) != []
+        )
 
 
 @pytest.mark.parametrize("hybrid", ["hybrid_a.py", "hybrid_b.py"])
 def test_the_science_is_at_most_60_lines(sources, hybrid):
     """As `diff dino.py hybrid_a.py | grep -c '^[<>]'` counts."""
-    changed = [d for d in difflib.ndiff(sources["dino.py"].splitlines(), sources[hybrid].splitlines()) if d[0] in "+-"]
+    changed = [
+        d
+        for d in difflib.ndiff(sources["dino.py"].splitlines(), sources[hybrid].splitlines())
+        if d[0] in "+-"
+    ]
     print(f"dino.py -> {hybrid}: {len(changed)} lines")
     assert len(changed) <= 60
 

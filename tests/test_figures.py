@@ -1,4 +1,6 @@
-"""What the two figures draw, by gradients, in the real loops: who sees which view, who learns from which loss, how the teacher moves."""
+"""What the two figures draw, by gradients, in the real loops: who sees which view, who learns from which
+loss, how the teacher moves.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ def gradient(loss, inputs):
 
 
 def learns_from(loss, z):
-    """For each view of z [v b d], whether `loss` has a gradient in it. None at all: z is not part of a graph."""
+    """For each view of z [v b d], whether `loss` has a gradient in it. None: z is in no graph."""
     if not z.requires_grad:
         return None
     return (gradient(loss, [z])[0].abs().amax((1, 2)) > 0).tolist()
@@ -82,7 +84,9 @@ def test_b_the_teacher_sees_a_third_global_view_that_the_student_never_sees(trai
 
 @pytest.mark.parametrize("script", ["dino.py", "hybrid_a.py"])
 def test_pairs_of_equal_views_never_meet(train, script):
-    """A prediction is judged by the other teacher view alone: ce is linear in pt, so its gradient shows the pairs."""
+    """A prediction is judged by the other teacher view alone: ce is linear in pt, so its gradient shows the
+    pairs.
+    """
 
     def spy(g):
         zs = g["z_s"].detach().requires_grad_()
@@ -93,7 +97,12 @@ def test_pairs_of_equal_views_never_meet(train, script):
             pairs = g["cross_entropy"](only, zs, g["tau_s"]) * g["pairs"]
             met[u] = torch.autograd.grad(pairs.sum(), zs)[0].abs().amax((1, 2)) > 0
         assert met.tolist() == [[0, 1, 1, 1], [1, 0, 1, 1]]
-        by_hand = [-(g["p_t"][u] * (zs[v] / g["tau_s"]).log_softmax(-1)).sum(-1).mean() for u in range(2) for v in range(4) if u != v]
+        by_hand = [
+            -(g["p_t"][u] * (zs[v] / g["tau_s"]).log_softmax(-1)).sum(-1).mean()
+            for u in range(2)
+            for v in range(4)
+            if u != v
+        ]
         torch.testing.assert_close(g["ce"], torch.stack(by_hand).mean())
 
     train(script, spy, n_local=2)
@@ -102,7 +111,9 @@ def test_pairs_of_equal_views_never_meet(train, script):
 def test_a_cc_is_over_the_two_cross_pairs(train):
     def spy(g):
         loss, ys, yt = g["cross_correlation_loss"], g["z_s_cc"], g["z_t_cc"]
-        torch.testing.assert_close(g["cc"], (loss(ys[0], yt[1], g["lambd"]) + loss(ys[1], yt[0], g["lambd"])) / 2)
+        torch.testing.assert_close(
+            g["cc"], (loss(ys[0], yt[1], g["lambd"]) + loss(ys[1], yt[0], g["lambd"])) / 2
+        )
         torch.testing.assert_close(g["loss"], g["ce"] + 7 * g["cc"])
 
     train("hybrid_a.py", spy, alpha=7.0)
@@ -124,7 +135,9 @@ def trail(train, script, **keys):
     steps = []
 
     def snapshot(g):
-        flat = [torch.cat([p.detach().flatten() for p in g[name].parameters()]) for name in ("student", "teacher")]
+        flat = [
+            torch.cat([p.detach().flatten() for p in g[name].parameters()]) for name in ("student", "teacher")
+        ]
         return [*flat, g["center"].clone(), g["z_t"].mean((0, 1))]
 
     g = train(script, lambda g: steps.append(snapshot(g)), **keys)
@@ -133,7 +146,9 @@ def trail(train, script, **keys):
 
 @pytest.mark.parametrize("script", ["dino.py", "hybrid_a.py", "hybrid_b.py"])
 def test_teacher_and_centre_follow_their_formulas(train, script):
-    steps, _ = trail(train, script, ema=0.5, ema_end=0.9, center_momentum=0.8, max_steps=4, base_lr=0.1, warmup_epochs=0)
+    steps, _ = trail(
+        train, script, ema=0.5, ema_end=0.9, center_momentum=0.8, max_steps=4, base_lr=0.1, warmup_epochs=0
+    )
     assert torch.equal(steps[0][0], steps[0][1])  # one start
     assert (steps[1][0] - steps[0][0]).abs().max() > 1e-3  # steps so large that another momentum shows
     for step in range(4):
@@ -149,7 +164,9 @@ def test_alpha_0_is_dino(train):
 
     def losses(script, **keys):
         trace = []
-        train(script, lambda g: trace.append(g["loss"].item()), max_steps=20, n_local=2, dtype="float32", **keys)
+        train(
+            script, lambda g: trace.append(g["loss"].item()), max_steps=20, n_local=2, dtype="float32", **keys
+        )
         return trace
 
     dino = losses("dino.py")

@@ -62,7 +62,13 @@ LABELLED = ("a/0.png", "a/1.png", "b/0.png")
 
 @pytest.mark.parametrize(
     "train, test",
-    [("Train", "Test"), ("training", "validation"), ("train", "valid"), ("TRAINING", "testing"), ("train", "Val")],
+    [
+        ("Train", "Test"),
+        ("training", "validation"),
+        ("train", "valid"),
+        ("TRAINING", "testing"),
+        ("train", "Val"),
+    ],
 )
 def test_known_names_in_any_case_are_splits(train, test, tmp_path, capsys):
     tree(tmp_path, *(f"{train}/{name}" for name in LABELLED), f"{test}/b/9.png")
@@ -73,12 +79,24 @@ def test_known_names_in_any_case_are_splits(train, test, tmp_path, capsys):
 
 
 BAD_SPLITS = {  # files, split, what is said
-    "val alone": (["val/a/0.png"], "train", r"has no train/ folder, only val/: rename it, or give it as --data_dir"),
+    "val alone": (
+        ["val/a/0.png"],
+        "train",
+        r"has no train/ folder, only val/: rename it, or give it as --data_dir",
+    ),
     "Test and Val alone": (["Test/a/0.png", "Val/a/0.png"], "train", "no train/ folder, only Test/, Val/"),
     "train alone": (["train/a/0.png"], "test", "no test/ or val/ folder, only train/"),
-    "train twice": (["train/a/0.png", "Train/a/0.png"], "train", "holds Train/ and train/, which are the same split"),
+    "train twice": (
+        ["train/a/0.png", "Train/a/0.png"],
+        "train",
+        "holds Train/ and train/, which are the same split",
+    ),
     "val and valid": (["train/a/0.png", "val/a/0.png", "valid/a/0.png"], "test", "holds val/ and valid/"),
-    "a class train": (["train/0.png", "bus/0.png"], "train", "train holds images without class folders beside bus/"),
+    "a class train": (
+        ["train/0.png", "bus/0.png"],
+        "train",
+        "train holds images without class folders beside bus/",
+    ),
 }
 
 
@@ -103,7 +121,8 @@ def test_a_labelled_val_goes_before_a_flat_test(tmp_path, capsys):
     assert len(load(tmp_path, "test").labels) == 2
 
 
-# -------------------------------------------------------------------------------------------- 2: masks layouts
+# -------------------------------------------------------------------------------------------- 2: masks
+# layouts
 
 
 @pytest.mark.parametrize("layout", ["train/images train/masks", "images masks", "images/train masks/train"])
@@ -139,7 +158,9 @@ def test_links_to_a_parent_end_and_count_once(tmp_path, capsys):
     (tmp_path / "train/0").symlink_to("b")
     found = load(tmp_path)
     assert len(found.images) == 2 and found.classes == ["a", "b"]
-    assert "left out 3 " in (said := capsys.readouterr().out) and "3 linked folder that was read already" in said
+    assert (
+        "left out 3 " in (said := capsys.readouterr().out) and "3 linked folder that was read already" in said
+    )
 
 
 def test_a_folder_that_cannot_be_entered_is_named(tmp_path, monkeypatch):
@@ -169,7 +190,8 @@ def test_suffixes_that_pillow_reads_are_read_and_others_counted(tmp_path, capsys
     assert "left out 4 " in said and "2 .psd" in said and "1 without a suffix" in said and "1 hidden" in said
 
 
-# ----------------------------------------------------------------------------------------------- 4: pixel types
+# ----------------------------------------------------------------------------------------------- 4: pixel
+# types
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 
@@ -218,7 +240,11 @@ def tiff(path, pixels):
 def png_of_16_bits(path, pixels):
     """An RGB PNG, which Pillow cannot write with 16 bits."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    chunks = {b"IHDR": struct.pack(">IIBBBBB", *pixels.shape[1::-1], 16, 2, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", *pixels.shape[1::-1], 16, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
     content = b"\x89PNG\r\n\x1a\n"
     for name, body in chunks.items():
         content += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -245,7 +271,8 @@ def test_deep_pixels_are_said_once(tmp_path, capsys):
     assert capsys.readouterr().out.count("more than 8 bits a pixel are scaled") == 1
 
 
-# ---------------------------------------------------------------------------------------------------- 5: masks
+# ---------------------------------------------------------------------------------------------------- 5:
+# masks
 
 
 def masked(root, mask, suffix="png", mode=None, parts=("train", "val")):
@@ -312,7 +339,8 @@ def test_voc_is_found_wherever_data_dir_points(place, tmp_path):
         load_masks("voc2012", tmp_path / place, 40, "test")
 
 
-# ---------------------------------------------------------------------------------------------------- 6: paths
+# ---------------------------------------------------------------------------------------------------- 6:
+# paths
 
 
 def test_a_tilde_is_the_home_folder_in_every_option_of_text(monkeypatch):
@@ -359,7 +387,9 @@ def test_a_label_of_100_million_is_a_sentence(tmp_path):
 
 
 def test_an_npz_bomb_is_a_sentence(tmp_path, monkeypatch):
-    np.savez_compressed(tmp_path / "train_data_batch_1.npz", data=np.zeros((10, 3072), np.uint8), labels=[1] * 10)
+    np.savez_compressed(
+        tmp_path / "train_data_batch_1.npz", data=np.zeros((10, 3072), np.uint8), labels=[1] * 10
+    )
     info = zipfile.ZipFile.infolist
 
     def large(archive):
@@ -385,7 +415,8 @@ def test_a_fifo_is_a_sentence_and_no_hang(tmp_path):
         datasets.load("imagenet32", tmp_path, 32)
 
 
-# ------------------------------------------------------------------------------------------- 8: size of a cache
+# ------------------------------------------------------------------------------------------- 8: size of a
+# cache
 
 
 def test_a_folder_is_decoded_larger_for_crops_and_evaluated_at_image_size(tmp_path, monkeypatch):

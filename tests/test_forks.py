@@ -1,4 +1,6 @@
-"""A fork is a copy: other networks, losses, options and tokens work with the checkpoint and all evaluation scripts."""
+"""A fork is a copy: other networks, losses, options and tokens work with the checkpoint and all evaluation
+scripts.
+"""
 
 import json
 import re
@@ -23,7 +25,11 @@ def checkout(tmp_path):
             pixels = np.random.default_rng(i).integers(256, size=(32, 32, 3), dtype=np.uint8)
             mask = np.zeros((32, 32), np.uint8)
             mask[8:20, 8:24] = 1
-            for name, content in ((f"labelled/{split}/{i % 2}", pixels), (f"masked/{split}/images", pixels), (f"masked/{split}/masks", mask)):
+            for name, content in (
+                (f"labelled/{split}/{i % 2}", pixels),
+                (f"masked/{split}/images", pixels),
+                (f"masked/{split}/masks", mask),
+            ):
                 (tmp_path / name).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(content).save(tmp_path / name / f"{i}.png")
 
@@ -47,9 +53,19 @@ def checkout(tmp_path):
             """All that is done with a trained network; returns what the scripts wrote."""
             said = self.run("eval_linear.py", ckpt=out, device="cpu")
             self.run("attn_viz.py", ckpt=out, device="cpu", rows=2)
-            self.run("seg_transfer.py", ckpt=out, device="cpu", max_steps=2, dataset="folder", data_dir=tmp_path / "masked")
+            self.run(
+                "seg_transfer.py",
+                ckpt=out,
+                device="cpu",
+                max_steps=2,
+                dataset="folder",
+                data_dir=tmp_path / "masked",
+            )
             assert "linear_avg" in said and (out / "attention.png").read_bytes()[1:4] == b"PNG"
-            return {name: json.loads((out / f"{name}.json").read_text()) for name in ("eval_linear", "attention", "seg_transfer")}
+            return {
+                name: json.loads((out / f"{name}.json").read_text())
+                for name in ("eval_linear", "attention", "seg_transfer")
+            }
 
     return Checkout()
 
@@ -76,8 +92,10 @@ def test_networks_losses_and_options_of_any_name(checkout, monkeypatch):
             r"\bteacher\b": "g",
             r"self\.backbone\b": "self.trunk",
             r"\b([fg])\.backbone\b": r"\1.trunk",
-            r"loss, parts = ce, .*": 'mse = (z_s[0] - z_t[1]).square().mean()\n        loss, parts = mse, {"mse": mse}',
-            r"# --- method\nout_dim": '# --- method\nhead = "mlp"  # what stands on the backbone [mlp|linear]\nout_dim',
+            r"loss, parts = ce, .*": "mse = (z_s[0] - z_t[1]).square().mean()\n"
+            '        loss, parts = mse, {"mse": mse}',
+            r"# --- method\nout_dim": '# --- method\nhead = "mlp"  # what stands on the backbone [mlp|linear]'
+            "\nout_dim",
         },
     )
     out = checkout.folder / "out"
@@ -87,7 +105,10 @@ def test_networks_losses_and_options_of_any_name(checkout, monkeypatch):
     monkeypatch.setattr(pictures, "png", lambda figure: figure)
     assert "mse" in {line.get_label() for axis in pictures.curves_picture(rows).axes for line in axis.lines}
     results = checkout.evaluate(out)
-    assert results["eval_linear"]["checkpoint"]["network"] == "g" and results["eval_linear"]["checkpoint"]["script"] == "mine"
+    assert (
+        results["eval_linear"]["checkpoint"]["network"] == "g"
+        and results["eval_linear"]["checkpoint"]["script"] == "mine"
+    )
     with pytest.raises(AssertionError, match="head=huge"):
         checkout.run("mine.py", head="huge")
 
@@ -110,14 +131,20 @@ def test_a_vit_with_registers_needs_no_other_edit(checkout):
     from vit import ViT
 
     ours = ViT(**saved["backbone"]["args"]).eval()
-    ours.load_state_dict({k.removeprefix("backbone."): v for k, v in saved["network"].items() if k.startswith("backbone.")})
+    ours.load_state_dict(
+        {k.removeprefix("backbone."): v for k, v in saved["network"].items() if k.startswith("backbone.")}
+    )
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=0)
 
 
 def test_a_vit_in_the_script_itself(checkout):
-    checkout.edit("barlow.py", "mine.py", {"def projector": "class Wider(ViT):\n    pass\n\n\ndef projector", r"= ViT\(": "= Wider("})
+    checkout.edit(
+        "barlow.py",
+        "mine.py",
+        {"def projector": "class Wider(ViT):\n    pass\n\n\ndef projector", r"= ViT\(": "= Wider("},
+    )
     out = checkout.folder / "out"
     checkout.run("mine.py", **options_of(checkout, "barlow.py"), out_dir=out)
     assert read_checkpoint(out / "ckpt.pt")["backbone"]["class"] == "Wider"
@@ -130,7 +157,8 @@ def test_importing_a_script_has_no_side_effects(tmp_path):
         """
 import os, random, signal, sys
 import torch
-hooks = lambda: (sys.excepthook, sys.stdout, sys.stderr, signal.getsignal(signal.SIGINT), torch.get_default_dtype(), sys.argv[:])
+interrupt = lambda: signal.getsignal(signal.SIGINT)
+hooks = lambda: (sys.excepthook, sys.stdout, sys.stderr, interrupt(), torch.get_default_dtype(), sys.argv[:])
 before, state = hooks(), torch.get_rng_state()
 os.environ["RANK"] = "1"
 import hybrid_a, dino, barlow, hybrid_b, eval_linear, attn_viz, seg_transfer, ablate, bench

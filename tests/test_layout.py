@@ -1,4 +1,6 @@
-"""What may import what, and how large a file may be. The import graph is read from the source, nothing is run."""
+"""What may import what, and how large a file may be. The import graph is read from the source, nothing is
+run.
+"""
 
 import ast
 import graphlib

@@ -1,4 +1,6 @@
-"""Losses against naive double loops in float64 and against lightly's, values and gradients; cases that break others."""
+"""Losses against naive double loops in float64 and against lightly's, values and gradients; cases that break
+others.
+"""
 
 import math
 
@@ -26,7 +28,10 @@ def projections(b, d, seed=0, scale=100.0):
     """Two related projections [b d] in float64, so large that no epsilon shows."""
     g = torch.Generator().manual_seed(seed)
     shared = torch.randn(b, d, generator=g, dtype=torch.float64)
-    return [(scale * (shared + torch.randn(b, d, generator=g, dtype=torch.float64)) + 7).requires_grad_() for _ in range(2)]
+    return [
+        (scale * (shared + torch.randn(b, d, generator=g, dtype=torch.float64)) + 7).requires_grad_()
+        for _ in range(2)
+    ]
 
 
 def same(ours, theirs, inputs):
@@ -108,7 +113,10 @@ def test_identity_gives_zero(cc_loss):
     assert cc_loss(z, z.roll(1, 1), 0.5).item() == pytest.approx(1 + 0.5)
 
 
-@pytest.mark.parametrize("b, d, kind", [(8, 4, "constant"), (8, 4, "identical"), (2, 4, "random"), (8, 1, "random"), (2, 1, "constant")])
+@pytest.mark.parametrize(
+    "b, d, kind",
+    [(8, 4, "constant"), (8, 4, "identical"), (2, 4, "random"), (8, 1, "random"), (2, 1, "constant")],
+)
 def test_hard_batches_give_finite_losses_and_gradients(cc_loss, b, d, kind):
     torch.manual_seed(0)
     z1 = torch.ones(b, d) if kind == "constant" else torch.randn(b, d)
@@ -123,9 +131,13 @@ def test_hard_batches_give_finite_losses_and_gradients(cc_loss, b, d, kind):
 @pytest.mark.parametrize("script", ["dino.py", "hybrid_a.py", "hybrid_b.py"])
 def test_a_head_at_zero_has_a_finite_gradient(functions, script):
     head = functions[script]["Head"](16)
-    x = torch.zeros(4, 16, requires_grad=True)  # every bottleneck is exactly 0: F.normalize alone gives 1e12 here
+    x = torch.zeros(
+        4, 16, requires_grad=True
+    )  # every bottleneck is exactly 0: F.normalize alone gives 1e12 here
     head(x).sum().backward()
-    assert all(p.grad.isfinite().all() and p.grad.abs().max() < 1e8 for p in head.parameters() if p.grad is not None)
+    assert all(
+        p.grad.isfinite().all() and p.grad.abs().max() < 1e8 for p in head.parameters() if p.grad is not None
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

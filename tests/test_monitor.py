@@ -18,11 +18,21 @@ from vit import ViT
 
 def test_knn_is_the_weighted_vote_done_by_hand():
     g = torch.Generator().manual_seed(0)
-    bank, labels, queries = torch.randn(60, 4, generator=g), torch.randint(5, (60,), generator=g), torch.randn(30, 4, generator=g)
+    bank, labels, queries = (
+        torch.randn(60, 4, generator=g),
+        torch.randint(5, (60,), generator=g),
+        torch.randn(30, 4, generator=g),
+    )
     for k in (1, 7, 100):
         by_hand = []
         for q in queries:
-            cosines = sorted(((F.cosine_similarity(q, x, dim=0).item(), y.item()) for x, y in zip(bank, labels, strict=True)), reverse=True)
+            cosines = sorted(
+                (
+                    (F.cosine_similarity(q, x, dim=0).item(), y.item())
+                    for x, y in zip(bank, labels, strict=True)
+                ),
+                reverse=True,
+            )
             votes = [0.0] * 5
             for c, y in cosines[:k]:
                 votes[y] += math.exp(c / 0.07)
@@ -52,7 +62,11 @@ def test_images_without_a_label_are_trained_on_and_never_asked_about():
     labels = data.labels.where(torch.arange(12_000) < 1000, -1)
     kept, bank, queries = training_split(data._replace(labels=labels), 5000, 5000, 256)
     assert len(kept) == 11_900 and len(bank) == 900 and len(queries) == 100
-    assert (labels[bank] >= 0).all() and (labels[queries] >= 0).all() and not set(queries.tolist()) & {*kept.tolist(), *bank.tolist()}
+    assert (
+        (labels[bank] >= 0).all()
+        and (labels[queries] >= 0).all()
+        and not set(queries.tolist()) & {*kept.tolist(), *bank.tolist()}
+    )
 
 
 def test_feature_meters_know_a_collapse():
@@ -66,12 +80,17 @@ def test_feature_meters_know_a_collapse():
 
     def meters(z):
         model.z = z
-        return {k: v.item() for k, v in evaluate(model, data, rows, rows[:0], torch.device("cpu"), autocast).items()}
+        return {
+            k: v.item()
+            for k, v in evaluate(model, data, rows, rows[:0], torch.device("cpu"), autocast).items()
+        }
 
     g = torch.Generator().manual_seed(0)
     healthy, point = meters(torch.randn(400, 16, generator=g)), meters(torch.ones(400, 16))
     line = meters(torch.randn(400, 1, generator=g) * torch.ones(16))
-    assert healthy["feature_std"] == pytest.approx(1, abs=0.05) and healthy["rank"] > 15 and "knn" not in healthy
+    assert (
+        healthy["feature_std"] == pytest.approx(1, abs=0.05) and healthy["rank"] > 15 and "knn" not in healthy
+    )
     assert point["feature_std"] < 1e-6 and point["rank"] < 1.1 and line["rank"] < 1.1
 
 
@@ -85,7 +104,9 @@ def test_correlation_meters():
 
 def test_cosine_with_warmup():
     assert [cosine(1, 0, s, 4) for s in range(5)] == pytest.approx([1, 0.8536, 0.5, 0.1464, 0], abs=1e-4)
-    assert [cosine(6, 0, s, 8, 4) for s in range(5)] == pytest.approx([0, 2, 4, 6, 6])  # np.linspace, as official
+    assert [cosine(6, 0, s, 8, 4) for s in range(5)] == pytest.approx(
+        [0, 2, 4, 6, 6]
+    )  # np.linspace, as official
 
 
 LN_K = math.log(1024)
@@ -108,7 +129,9 @@ def test_collapse_is_told_in_a_sentence(row, words):
     config = dict(out_dim=1024, log_every=10, warmup_epochs=1.0)
     rows = [dict(loss=1.0, epoch=0.9, teacher_entropy=3.0, ce=4.0), *[dict(loss=1.0, epoch=2.0) | row] * 4]
     assert words in collapse(rows, 1000, config) and bool(words) == bool(collapse(rows, 1000, config))
-    assert collapse([dict(loss=1.0, feature_std=0.5), dict(loss=1.0) | row][:1], 1000, config) == ""  # one row is no trend
+    assert (
+        collapse([dict(loss=1.0, feature_std=0.5), dict(loss=1.0) | row][:1], 1000, config) == ""
+    )  # one row is no trend
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,4 +1,6 @@
-"""Several processes give the result of one, through the real command, with different images on each; and they end together."""
+"""Several processes give the result of one, through the real command, with different images on each; and they
+end together.
+"""
 
 import functools
 import json
@@ -16,10 +18,14 @@ from twins import attention, datasets, processes
 from twins import run as run_module
 from twins.files import read_checkpoint
 
-# AdamW (eps 1e-8) makes steps of rounding, too: of a gradient of 1e-13 one of 1e-5 learning rates, with this one 1e-11. Where there
+# AdamW (eps 1e-8) makes steps of rounding, too: of a gradient of 1e-13 one of 1e-5 learning rates, with this
+# one 1e-11. Where there
 # is a gradient a step is 1e-6, whatever its size, so that a wrong one shows.
 KEYS = dict(dtype="float64", max_steps=5, base_lr=2e-5, warmup_epochs=0.0, drop_path=0.3, log_every=1)
-AHEAD_OF_BATCHNORM = ("head.mlp.0.bias", "head.mlp.3.bias")  # with head_bn: their gradient is nothing but rounding
+AHEAD_OF_BATCHNORM = (
+    "head.mlp.0.bias",
+    "head.mlp.3.bias",
+)  # with head_bn: their gradient is nothing but rounding
 
 
 def words_of(script, folder=ROOT, **keys):
@@ -63,7 +69,9 @@ def one(tmp_path_factory):
 
 
 def results(out):
-    return read_checkpoint(out / "ckpt.pt"), [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return read_checkpoint(out / "ckpt.pt"), [
+        json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()
+    ]
 
 
 def difference(a, b):
@@ -90,9 +98,17 @@ def test_processes_together_are_one(script, processes, one, tmp_path):
 
 
 MUTATIONS = {
-    "an all_reduce without a gradient": ("twins/processes.py", "return MeanOverProcesses.apply(gradient)", "return gradient / world()"),
+    "an all_reduce without a gradient": (
+        "twins/processes.py",
+        "return MeanOverProcesses.apply(gradient)",
+        "return gradient / world()",
+    ),
     "batch statistics of a process": ("hybrid_a.py", "z - global_mean(z.mean(0))", "z - z.mean(0)"),
-    "a centre of a process": ("hybrid_a.py", "center.lerp_(global_mean(z_t.mean((0, 1)))", "center.lerp_(z_t.mean((0, 1))"),
+    "a centre of a process": (
+        "hybrid_a.py",
+        "center.lerp_(global_mean(z_t.mean((0, 1)))",
+        "center.lerp_(z_t.mean((0, 1))",
+    ),
 }
 
 
@@ -112,7 +128,8 @@ def test_a_nan_of_one_process_stops_all_with_one_message(tmp_path):
     copy_of_the_code(tmp_path)
     script = tmp_path / "dino.py"
     check = "        run.check(step, lr"
-    bad = f"        if step == 3 and os.environ['RANK'] == '1':\n            loss = loss * float('nan')\n{check}"
+    bad = "        if step == 3 and os.environ['RANK'] == '1':\n"
+    bad += f"            loss = loss * float('nan')\n{check}"
     script.write_text("import os\n" + script.read_text().replace(check, bad, 1))
     done = run(2, "dino.py", folder=tmp_path, out_dir=tmp_path / "run", save_every=1)
     assert done.returncode != 0
@@ -147,7 +164,9 @@ def test_a_killed_process_ends_the_others_with_a_sentence(tmp_path):
     out = tmp_path / "run"
     process = start(2, "barlow.py", out_dir=out, max_steps=100_000, save_every=2)
     wait_for_a_row(process, out)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0 and "another process of this run ended" in err, err
@@ -156,8 +175,12 @@ def test_a_killed_process_ends_the_others_with_a_sentence(tmp_path):
 
 def test_what_cannot_be_shared_is_refused(tmp_path):
     done = run(2, "dino.py", out_dir=tmp_path / "run", batch_size=15)
-    errors = [line for line in done.stderr.splitlines() if line.removeprefix("[rank0]: ").startswith("error: ")]
-    assert done.returncode != 0 and len(errors) == 1 and "batch_size=15 is the total of 2 processes" in errors[0]
+    errors = [
+        line for line in done.stderr.splitlines() if line.removeprefix("[rank0]: ").startswith("error: ")
+    ]
+    assert (
+        done.returncode != 0 and len(errors) == 1 and "batch_size=15 is the total of 2 processes" in errors[0]
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -187,14 +210,30 @@ def test_evaluation_shares_the_images(script, tmp_path, monkeypatch):
 
 
 def test_the_evaluation_command_gives_one_answer(tmp_path):
-    words = [str(ROOT / "attn_viz.py"), "--ckpt=random", "--dataset=shapes", "--n_images=50", "--rows=1", "--device=cpu"]
+    words = [
+        str(ROOT / "attn_viz.py"),
+        "--ckpt=random",
+        "--dataset=shapes",
+        "--n_images=50",
+        "--rows=1",
+        "--device=cpu",
+    ]
     answers = []
     for torchrun in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
-        done = subprocess.run([sys.executable, *torchrun, *words, f"--out_dir={tmp_path}"], capture_output=True, text=True, timeout=180)
+        done = subprocess.run(
+            [sys.executable, *torchrun, *words, f"--out_dir={tmp_path}"],
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
         assert done.returncode == 0, done.stderr
-        said = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # as torch 2.10 says
+        said = [
+            line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")
+        ]  # as torch 2.10 says
         answers.append((said, json.loads((tmp_path / "attention.json").read_text())["runs"]))
-    assert answers[0][0] == answers[1][0] and answers[0][1][0]["distance_pixels"] == pytest.approx(answers[1][1][0]["distance_pixels"])
+    assert answers[0][0] == answers[1][0] and answers[0][1][0]["distance_pixels"] == pytest.approx(
+        answers[1][1][0]["distance_pixels"]
+    )
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -212,7 +251,20 @@ for _ in range(300):  # gloo's threads are busy at the end
     dist.all_reduce(torch.zeros(10), async_op=True)
 1 / {0 if fails else 1}
 """
-    alone = {"TORCHELASTIC_RUN_ID": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=os.environ | alone, capture_output=True, text=True, timeout=60)
+    alone = {
+        "TORCHELASTIC_RUN_ID": "0",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | alone,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == fails and done.stdout.count("still joined: False") == (not fails), done.stderr
     assert "terminate called" not in done.stderr and done.stderr.count("ZeroDivisionError") == fails

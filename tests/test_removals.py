@@ -27,7 +27,9 @@ def test_centering(train, script):
 
 
 def test_sharpening(train, script):
-    assert watch(train, script, lambda g: g["tau"], tau_t=0.1, tau_t_warmup_epochs=1.0) == [0.1] * 3  # no warm-up from .04 either
+    assert (
+        watch(train, script, lambda g: g["tau"], tau_t=0.1, tau_t_warmup_epochs=1.0) == [0.1] * 3
+    )  # no warm-up from .04 either
     assert all(tau < 0.1 for tau in watch(train, script, lambda g: g["tau"], tau_t_warmup_epochs=1.0))
 
 
@@ -42,7 +44,9 @@ def test_teacher_temperature_warmup(train, script, monkeypatch):
 
 @pytest.mark.parametrize("end", [0.9, 0.5])
 def test_ema_schedule(train, script, end):
-    """The last of 4 steps: the momentum that explains the teacher is `ema` without a schedule, nearly `ema_end` with one."""
+    """The last of 4 steps: the momentum that explains the teacher is `ema` without a schedule, nearly
+    `ema_end` with one.
+    """
     steps, _ = trail(train, script, ema=0.5, ema_end=end, max_steps=4)
     before, student, after = steps[3][1], steps[4][0], steps[4][1]
     momentum = ((after - student) @ (before - student) / (before - student).square().sum()).item()
@@ -68,8 +72,13 @@ def scaled(g, layer):
 
 
 def test_weight_normed_last_layer(train, script):
-    """As in official code: the direction alone counts; without the option prototypes learn their lengths, from 1."""
-    fixed, free = (train(script, norm_last_layer=norm, warmup_epochs=0, freeze_last_layer_epochs=0) for norm in (True, False))
+    """As in official code: the direction alone counts; without the option prototypes learn their lengths,
+    from 1.
+    """
+    fixed, free = (
+        train(script, norm_last_layer=norm, warmup_epochs=0, freeze_last_layer_epochs=0)
+        for norm in (True, False)
+    )
     for g in (fixed, free):
         assert scaled(g, lambda head: [head.last.weight]) == pytest.approx(1)
     assert fixed["student"].head.length.eq(1).all() and free["student"].head.length.ne(1).all()
@@ -78,14 +87,20 @@ def test_weight_normed_last_layer(train, script):
 def test_batchnorm_in_the_head(train, script):
     """Official DINO has none with a ViT, which is the default."""
     for head_bn in (False, True):
-        found = [m for m in train(script, head_bn=head_bn)["student"].head.modules() if isinstance(m, nn.BatchNorm1d)]
+        found = [
+            m
+            for m in train(script, head_bn=head_bn)["student"].head.modules()
+            if isinstance(m, nn.BatchNorm1d)
+        ]
         assert len(found) == 2 * head_bn and all(isinstance(m, BatchNorm1d) for m in found)
     assert not [m for m in train(script)["student"].head.modules() if isinstance(m, nn.BatchNorm1d)]
 
 
 def test_l2_bottleneck(train, script):
     assert scaled(train(script), lambda head: head.mlp[-1].parameters()) == pytest.approx(1)
-    assert scaled(train(script, l2_bottleneck=False), lambda head: head.mlp[-1].parameters()) == pytest.approx(2)
+    assert scaled(
+        train(script, l2_bottleneck=False), lambda head: head.mlp[-1].parameters()
+    ) == pytest.approx(2)
 
 
 def test_frozen_last_layer(train, script):
@@ -102,8 +117,12 @@ def test_learning_rate_warmup(train, script):
     def lr(g):
         return g["optimizer"].param_groups[0]["lr"], g["optimizer"].param_groups[1]["lr"]
 
-    assert watch(train, script, lr, warmup_epochs=0)[0] == pytest.approx((2e-3 / 16, 2e-3 / 16))  # base_lr x 16 / 256
-    assert [a for a, _ in watch(train, script, lr, warmup_epochs=3.5 / 675)] == pytest.approx([0, 2e-3 / 32, 2e-3 / 16])  # 3 steps
+    assert watch(train, script, lr, warmup_epochs=0)[0] == pytest.approx(
+        (2e-3 / 16, 2e-3 / 16)
+    )  # base_lr x 16 / 256
+    assert [a for a, _ in watch(train, script, lr, warmup_epochs=3.5 / 675)] == pytest.approx(
+        [0, 2e-3 / 32, 2e-3 / 16]
+    )  # 3 steps
 
 
 def test_weight_decay_schedule(train, script):

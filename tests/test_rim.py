@@ -1,4 +1,6 @@
-"""A run in an unfriendly place: odd environments, closed terminals, ignored signals, too little memory, slips of the keyboard."""
+"""A run in an unfriendly place: odd environments, closed terminals, ignored signals, too little memory, slips
+of the keyboard.
+"""
 
 import contextlib
 import faulthandler
@@ -26,18 +28,32 @@ ENVIRONMENT = {  # a notebook's server, an ascii terminal, a cluster's job
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     "PYTHONIOENCODING": "ascii",
     **{"WORLD_SIZE": "1", "RANK": "", "LOCAL_RANK": ""},
-    **{"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_NUM_NODES": "2"},
+    **{
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_NUM_NODES": "2",
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A run's exit code and folder: started with SIGHUP and SIGINT ignored, both sent to it, standard output full, error closed."""
+    """A run's exit code and folder: started with SIGHUP and SIGINT ignored, both sent to it, standard output
+    full, error closed.
+    """
     out = tmp_path_factory.mktemp("hostile") / "run"
-    words = [sys.executable, str(ROOT / "dino.py"), *tiny("dino.py", depth=1, max_steps=60, eval_every=60, out_dir=out)]
+    words = [
+        sys.executable,
+        str(ROOT / "dino.py"),
+        *tiny("dino.py", depth=1, max_steps=60, eval_every=60, out_dir=out),
+    ]
     command = f"trap '' HUP INT; exec {shlex.join(words)} >/dev/full 2>&-"
     process = subprocess.Popen(["sh", "-c", command], env=os.environ | ENVIRONMENT)
-    while process.poll() is None and not ((out / "log.jsonl").exists() and '"step": 2' in (out / "log.jsonl").read_text()):
+    while process.poll() is None and not (
+        (out / "log.jsonl").exists() and '"step": 2' in (out / "log.jsonl").read_text()
+    ):
         time.sleep(0.02)
     for number in (signal.SIGHUP, signal.SIGINT):
         process.send_signal(number)
@@ -46,7 +62,9 @@ def hostile(tmp_path_factory):
 
 def test_a_notebooks_backend_and_a_clusters_variables_do_not_matter(hostile):
     code, out = hostile
-    assert code == 0 and Image.open(out / "curves.png").width > 600 and Image.open(out / "crops.png").width > 300
+    assert (
+        code == 0 and Image.open(out / "curves.png").width > 600 and Image.open(out / "crops.png").width > 300
+    )
 
 
 def test_full_and_closed_output_and_ignored_signals_do_not_end_a_run(hostile):
@@ -89,7 +107,10 @@ def test_a_bus_error_is_not_silent(monkeypatch):
     assert faulthandler.is_enabled()
 
 
-@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "1"}, {"RANK": ""}, {"TORCHELASTIC_RUN_ID": "none", "RANK": ""}, {"SLURM_PROCID": "3"}])
+@pytest.mark.parametrize(
+    "environment",
+    [{"WORLD_SIZE": "1"}, {"RANK": ""}, {"TORCHELASTIC_RUN_ID": "none", "RANK": ""}, {"SLURM_PROCID": "3"}],
+)
 def test_only_torchrun_is_torchrun(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -107,7 +128,16 @@ def network(tmp_path, monkeypatch):
     """network(...) starts the Run of a small network, and is given back all that a run takes."""
     monkeypatch.setattr(run, "git_state", dict)
     monkeypatch.setattr(run, "curves_picture", lambda rows: b"")
-    config = dict(resume=False, logger="", batch_size=2, log_every=1, eval_every=1, dataset="shapes", data_dir="data", seed=0)
+    config = dict(
+        resume=False,
+        logger="",
+        batch_size=2,
+        log_every=1,
+        eval_every=1,
+        dataset="shapes",
+        data_dir="data",
+        seed=0,
+    )
 
     def start(device="cpu", **changes):
         layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
@@ -143,12 +173,17 @@ def fail(r, how):
     "how, words",
     [
         ("loss", "cc is nan at step 4, learning rate 0.25, nothing was saved yet: try a lower --base_lr"),
-        ("gradient", "the norm of the gradient of student.1.weight is not finite at step 4, learning rate 0.25"),
+        (
+            "gradient",
+            "the norm of the gradient of student.1.weight is not finite at step 4, learning rate 0.25",
+        ),
         ("weight", "the norm of student.1.weight is not finite at step 4, learning rate 0.25"),
         ("neither", "the student is not finite at step 5, learning rate 0.25"),
     ],
 )
-def test_a_divergence_names_step_rate_and_part_and_gives_back_what_the_run_took(network, tmp_path, how, words):
+def test_a_divergence_names_step_rate_and_part_and_gives_back_what_the_run_took(
+    network, tmp_path, how, words
+):
     before = [signal.getsignal(number) for number in SIGNALS]
     r = network()
     assert all(signal.getsignal(number) == r.on_signal for number in SIGNALS)
@@ -173,7 +208,10 @@ def test_ignored_signals_stay_ignored(network):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         r = network()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGTERM) == r.on_signal
+        assert (
+            signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            and signal.getsignal(signal.SIGTERM) == r.on_signal
+        )
         r.finish()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -190,10 +228,14 @@ def test_numbers_that_are_not_finite_are_not_logged(network, tmp_path):
 def test_features_that_are_zero_have_rank_one_and_others_that_are_not_finite_are_refused(monkeypatch):
     off = torch.autocast("cpu", enabled=False)
     images = torch.zeros(30, 3, 4, 4, dtype=torch.uint8)
-    split = monitor.__dict__.get("Split", type("Split", (), {"images": images, "labels": torch.arange(30) % 2, "image_size": 4}))
+    split = monitor.__dict__.get(
+        "Split", type("Split", (), {"images": images, "labels": torch.arange(30) % 2, "image_size": 4})
+    )
     bank, queries = torch.arange(20), torch.arange(20, 30)
     for value, refused in ((0.0, False), (1e30, False), (float("nan"), True), (float("inf"), True)):
-        monkeypatch.setattr(monitor, "features", lambda *args, value=value, **_: torch.full((len(args[2]), 8), value))
+        monkeypatch.setattr(
+            monitor, "features", lambda *args, value=value, **_: torch.full((len(args[2]), 8), value)
+        )
         if refused:
             with pytest.raises(UserError, match="the features are not finite"):
                 monitor.evaluate(None, split, bank, queries, torch.device("cpu"), off)
@@ -215,7 +257,10 @@ def test_a_network_of_width_one_logs_no_nan(train, tmp_path):
 def little_memory():
     """A GiB more than there is in use."""
     resource = pytest.importorskip("resource")
-    limits, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
+    limits, pages = (
+        resource.getrlimit(resource.RLIMIT_AS),
+        int(Path("/proc/self/statm").read_text().split()[0]),
+    )
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -233,7 +278,9 @@ def test_too_little_memory_is_one_sentence(train, little_memory, key, capsys):
 
 
 def test_memory_errors_of_python_and_numpy_are_known():
-    assert processes.memory_is_full(MemoryError()) and not processes.memory_is_full(RuntimeError("shapes differ"))
+    assert processes.memory_is_full(MemoryError()) and not processes.memory_is_full(
+        RuntimeError("shapes differ")
+    )
     with pytest.raises(MemoryError) as error:
         __import__("numpy").zeros(10**14)
     assert processes.memory_is_full(error.value)
@@ -247,7 +294,9 @@ def test_a_device_that_holds_no_numbers_is_refused(device):
 
 @pytest.fixture
 def configure(functions, tmp_path):
-    return lambda *words: keys.configure(dict(functions["hybrid_a.py"]), [f"--out_dir={tmp_path / 'run'}", *words])
+    return lambda *words: keys.configure(
+        dict(functions["hybrid_a.py"]), [f"--out_dir={tmp_path / 'run'}", *words]
+    )
 
 
 def test_seeds_end_at_two_to_the_64(configure):
@@ -258,7 +307,17 @@ def test_seeds_end_at_two_to_the_64(configure):
     processes.seed_step(2**64 - 1, 0)
 
 
-@pytest.mark.parametrize("word", ["--knn_bank=1", "--dim=0", f"--max_steps={10**400}", f"--dim={10**12}", "--wd=1e400", f"--epochs={'9' * 5000}"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "--knn_bank=1",
+        "--dim=0",
+        f"--max_steps={10**400}",
+        f"--dim={10**12}",
+        "--wd=1e400",
+        f"--epochs={'9' * 5000}",
+    ],
+)
 def test_numbers_beyond_the_limits_are_refused(configure, word):
     with pytest.raises(UserError, match=r"it must be (from|a whole number)"):
         configure(word)
@@ -295,4 +354,3 @@ def test_help_states_limits_once_and_whole(configure, capsys):
     assert end.value.code == 0 and "from 0 from 0" not in said and "e+" not in said
     assert "of learning-rate warm-up from 0 (from 0)\n" in said and f"views (from 0 to {2**64 - 1})\n" in said
     assert "momentum of that running mean" in said or "of that running mean (from 0 to 1)\n" in said
-

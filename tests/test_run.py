@@ -1,4 +1,4 @@
-"""A run as its user has it: files, resuming, signals, broken disks, and one clear sentence for every mistake."""
+"""A run as its user has it: files, resuming, signals, broken disks, a clear sentence for every mistake."""
 
 import json
 import os
@@ -35,24 +35,50 @@ def without_time(rows):
 def test_a_run_writes_what_it_promises(train, script, capsys):
     g = train(script, pictures=True)
     out, bare = Path(g["out_dir"]), script.removesuffix(".py")
-    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt", "crops.png", "curves.png", "export", "script.py"}
+    assert {p.name for p in out.iterdir()} == {
+        "config.json",
+        "log.jsonl",
+        "ckpt.pt",
+        "crops.png",
+        "curves.png",
+        "export",
+        "script.py",
+    }
     config = json.loads((out / "config.json").read_text())
-    assert config["script"] == bare and config["dim"] == 16 and config["base_lr"] == 2e-3 and config["versions"]["torch"]
+    assert (
+        config["script"] == bare
+        and config["dim"] == 16
+        and config["base_lr"] == 2e-3
+        and config["versions"]["torch"]
+    )
     for name, columns in (("crops.png", 4), ("curves.png", 6)):
         assert Image.open(out / name).width > 100 * columns
     exported = json.loads((out / "export" / "config.json").read_text())["model_args"]
-    vit = ViT(exported["img_size"], exported["patch_size"], exported["embed_dim"], exported["depth"], exported["num_heads"])
+    vit = ViT(
+        exported["img_size"],
+        exported["patch_size"],
+        exported["embed_dim"],
+        exported["depth"],
+        exported["num_heads"],
+    )
     vit.load_state_dict(load_file(out / "export" / "model.safetensors"))
     backbone = g["eval_backbone"].eval()
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(vit.eval()(x), backbone(x))
     said = capsys.readouterr().out
-    assert "defaults for this preset: " in said and f"| {bare} on shapes |" in said and "| knn |" in said and "| seed | 0 |" in said
+    assert (
+        "defaults for this preset: " in said
+        and f"| {bare} on shapes |" in said
+        and "| knn |" in said
+        and "| seed | 0 |" in said
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resumed_is_uninterrupted(train, script, tmp_path, monkeypatch):
-    """Stopped after 3 of 6 steps, at an epoch's end, and resumed: the same rows, the same weights, to the bit."""
+    """Stopped after 3 of 6 steps, at an epoch's end, and resumed: the same rows, the same weights, to the
+    bit.
+    """
     few = datasets.shapes("train")
     few = few._replace(images=few.images[:60], labels=few.labels[:60], masks=None)
     monkeypatch.setattr(datasets, "shapes", lambda split: few)
@@ -109,7 +135,10 @@ def test_a_nan_stops_the_run_and_saves_nothing(train, tmp_path):
         if g["step"] == 2:
             g["student"].backbone.cls_token.data.fill_(float("nan"))
 
-    with pytest.raises(UserError, match=r"student.backbone.cls_token is not finite at step 2, learning rate .*, ckpt.pt is sound"):
+    with pytest.raises(
+        UserError,
+        match=r"student.backbone.cls_token is not finite at step 2, learning rate .*, ckpt.pt is sound",
+    ):
         train("hybrid_a.py", poison, max_steps=9, save_every=2, out_dir=tmp_path / "nan")
     saved = read_checkpoint(tmp_path / "nan" / "ckpt.pt")
     assert saved["step"] == 2 and all(v.isfinite().all() for v in saved["student"].values())
@@ -123,7 +152,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(train, tmp_path, monkeypatc
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"ended at step 9 but its last save failed: .*No space left on device"):
+    with pytest.raises(
+        UserError, match=r"ended at step 9 but its last save failed: .*No space left on device"
+    ):
         train("barlow.py", fill, max_steps=9, save_every=2, out_dir=tmp_path / "full")
     said = capsys.readouterr()
     assert (said.out + said.err).count("warning at step") == 4  # at every save
@@ -213,7 +244,11 @@ def test_a_wrong_folder_is_one_sentence(command, tmp_path, folder, words):
 def test_a_folder_is_decoded_once(tmp_path, monkeypatch):
     folders(tmp_path)
     first = data.load("folder", tmp_path / "few", 16)
-    assert first.images.shape == (8, 3, 16, 16) and first.labels.tolist() == [0] * 4 + [1] * 4 and first.classes == ["a", "b"]
+    assert (
+        first.images.shape == (8, 3, 16, 16)
+        and first.labels.tolist() == [0] * 4 + [1] * 4
+        and first.classes == ["a", "b"]
+    )
     with monkeypatch.context() as patch:
         patch.setattr(decoding.subprocess, "Popen", None)
         assert torch.equal(data.load("folder", tmp_path / "few", 16).images, first.images)
@@ -245,7 +280,9 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
 
 def test_a_flat_folder_trains_without_labels(train, tmp_path):
     folders(tmp_path)
-    g = train("hybrid_a.py", dataset="folder", data_dir=tmp_path / "few/train/a", batch_size=2, warmup_epochs=0.0)
+    g = train(
+        "hybrid_a.py", dataset="folder", data_dir=tmp_path / "few/train/a", batch_size=2, warmup_epochs=0.0
+    )
     assert "knn" not in rows_of(g)[-1] and rows_of(g)[-1]["rank"] > 0
 
 
@@ -253,7 +290,9 @@ def test_no_network_says_where_to_put_the_files(tmp_path, monkeypatch):
     from torchvision.datasets import CIFAR10
 
     monkeypatch.setattr(CIFAR10, "download", lambda self: (_ for _ in ()).throw(OSError("no route to host")))
-    with pytest.raises(UserError, match=r"cifar-10-batches-py .*no route to host.*cifar-10-python.tar.gz.*--dataset=shapes"):
+    with pytest.raises(
+        UserError, match=r"cifar-10-batches-py .*no route to host.*cifar-10-python.tar.gz.*--dataset=shapes"
+    ):
         data.load("cifar10", tmp_path, 32)
 
 
@@ -285,14 +324,22 @@ def test_two_runs_do_not_share_a_folder(command, tmp_path):
 
     (tmp_path / "run").mkdir()
     with locked(tmp_path / "run"):
-        refused(command("barlow.py", out_dir=tmp_path / "run"), 1, "another process is writing into", "--out_dir")
+        refused(
+            command("barlow.py", out_dir=tmp_path / "run"), 1, "another process is writing into", "--out_dir"
+        )
 
 
 def test_real_cifar100_is_read_as_published(real_images):
     test = data.load("cifar100", real_images, 32, "test")
-    assert test.images.shape == (10_000, 3, 32, 32) and len(test.classes) == 100 and test.labels.bincount().eq(100).all()
+    assert (
+        test.images.shape == (10_000, 3, 32, 32)
+        and len(test.classes) == 100
+        and test.labels.bincount().eq(100).all()
+    )
 
 
 def test_real_photographs_train(train, real_images):
-    g = train("hybrid_a.py", dataset="folder", data_dir=real_images / "imagenette128", image_size=64, patch_size=8)
+    g = train(
+        "hybrid_a.py", dataset="folder", data_dir=real_images / "imagenette128", image_size=64, patch_size=8
+    )
     assert g["views"][0].shape == (16, 3, 64, 64) and rows_of(g)[-1]["knn"] > 0

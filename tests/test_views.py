@@ -1,4 +1,6 @@
-"""Views: each operation is torchvision's at equal parameters, every image has its own, a step's are a function of (seed, step)."""
+"""Views: each operation is torchvision's at equal parameters, every image has its own, a step's are a
+function of (seed, step).
+"""
 
 import time
 
@@ -12,7 +14,11 @@ import data
 from data import Crop, batch_indices, load, multi_crop
 from twins import datasets, processes
 
-CROPS = [Crop(32, (0.4, 1.0), blur=1.0), Crop(32, (0.4, 1.0), blur=0.1, solarize=0.2), *[Crop(16, (0.1, 0.4), blur=0.5)] * 6]
+CROPS = [
+    Crop(32, (0.4, 1.0), blur=1.0),
+    Crop(32, (0.4, 1.0), blur=0.1, solarize=0.2),
+    *[Crop(16, (0.1, 0.4), blur=0.5)] * 6,
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,9 @@ JITTERS = [("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8,
 @pytest.mark.parametrize("name, low, high", JITTERS)
 def test_jitter_is_torchvisions(x, name, low, high):
     factors = torch.linspace(low, high, len(x))
-    theirs = [getattr(tv, f"adjust_{name}")(image, factor.item()) for image, factor in zip(x, factors, strict=True)]
+    theirs = [
+        getattr(tv, f"adjust_{name}")(image, factor.item()) for image, factor in zip(x, factors, strict=True)
+    ]
     agrees(getattr(data, name)(x, factors), torch.stack(theirs))
 
 
@@ -75,7 +83,9 @@ def test_drawn_parameters_have_byols_probabilities():
     assert (p["hue"] != 0).float().mean().item() == pytest.approx(0.8, abs=0.015)
     area = p["width"] * p["height"] / 32**2
     assert area.min() > 0.37 and area.max() <= 1
-    assert ((p["left"] + p["width"]).max(), (p["top"] + p["height"]).max()) == (32, 32) and p["left"].min() == 0
+    assert ((p["left"] + p["width"]).max(), (p["top"] + p["height"]).max()) == (32, 32) and p[
+        "left"
+    ].min() == 0
 
 
 def test_identical_images_give_different_views(images):
@@ -114,13 +124,21 @@ def test_an_epoch_shows_every_image_once():
 
 
 def test_views_are_8_times_faster_than_torchvisions():
-    """Both with the processor's two cores: ours as one batch, torchvision's image by image (fewer of them, scaled up)."""
+    """Both with the processor's two cores: ours as one batch, torchvision's image by image (fewer of them,
+    scaled up).
+    """
     images = load("shapes", "", 32).images[:256]
 
     def transform(crop):
         jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)
         blur = T.RandomApply([T.GaussianBlur(13, (0.1, 2.0))], crop.blur)
-        parts = [T.RandomResizedCrop(crop.size, crop.scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(), jitter, T.RandomGrayscale(0.2), blur]
+        parts = [
+            T.RandomResizedCrop(crop.size, crop.scale, interpolation=T.InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(),
+            jitter,
+            T.RandomGrayscale(0.2),
+            blur,
+        ]
         more = [T.RandomSolarize(0.5, crop.solarize), T.Normalize(datasets.MEAN, datasets.STD)]
         return T.Compose([T.ToDtype(torch.float32, scale=True), *parts, *more])
 
@@ -132,6 +150,11 @@ def test_views_are_8_times_faster_than_torchvisions():
         return time.perf_counter() - start
 
     ours = min(seconds(lambda: multi_crop(images, CROPS, 0, 0)) for _ in range(6))
-    theirs = min(seconds(lambda: [t(image) for image in images[:32] for t in transforms]) for _ in range(3)) * 8
-    print(f"2 + 6 views of 256 images: {256 / ours:.0f} images/s, torchvision {256 / theirs:.0f}, {theirs / ours:.0f} times")
+    theirs = (
+        min(seconds(lambda: [t(image) for image in images[:32] for t in transforms]) for _ in range(3)) * 8
+    )
+    print(
+        f"2 + 6 views of 256 images: {256 / ours:.0f} images/s, torchvision {256 / theirs:.0f}, "
+        f"{theirs / ours:.0f} times"
+    )
     assert theirs > 8 * ours

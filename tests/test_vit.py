@@ -41,7 +41,9 @@ def test_attention_of_any_block_are_distributions(vit, images):
 
 def test_timm_gives_our_output(vit, images):
     timm = pytest.importorskip("timm", reason="timm is not installed (.ci/run installs it)")
-    model = timm.models.vision_transformer.VisionTransformer(32, 4, embed_dim=48, depth=3, num_heads=3, num_classes=0).eval()
+    model = timm.models.vision_transformer.VisionTransformer(
+        32, 4, embed_dim=48, depth=3, num_heads=3, num_classes=0
+    ).eval()
     model.load_state_dict(vit.state_dict())
     assert (model(images) - vit(images)).abs().max() < 1e-5
     assert (model.forward_features(images) - vit.layers(images)[-1]).abs().max() < 1e-5

@@ -1,4 +1,6 @@
-"""Weights as people have them: timm's features come out, whatever the file is wrapped in; --init and fine-tuning."""
+"""Weights as people have them: timm's features come out, whatever the file is wrapped in; --init and
+fine-tuning.
+"""
 
 import argparse
 import json
@@ -65,10 +67,17 @@ WRAPPED = {
     "state_dict": lambda s: {"state_dict": s, "epoch": 3},
     "model module": lambda s: {"model": prefixed("module.", s)},
     "compiled": lambda s: {"state_dict": prefixed("_orig_mod.module.", s)},
-    "a compiled block": lambda s: {name.replace("blocks.0.", "blocks.0._orig_mod."): x for name, x in s.items()},
-    "DINO": lambda s: {"student": prefixed("module.backbone.", zeros(s)), "teacher": prefixed("backbone.", s)},
+    "a compiled block": lambda s: {
+        name.replace("blocks.0.", "blocks.0._orig_mod."): x for name, x in s.items()
+    },
+    "DINO": lambda s: {
+        "student": prefixed("module.backbone.", zeros(s)),
+        "teacher": prefixed("backbone.", s),
+    },
     "nested": lambda s: {"state_dict": {"model": WRAPPED["DINO"](s)}},
-    "DINOv2": lambda s: {"model": {**prefixed("student.backbone.", zeros(s)), **prefixed("teacher.backbone.", s)}},
+    "DINOv2": lambda s: {
+        "model": {**prefixed("student.backbone.", zeros(s)), **prefixed("teacher.backbone.", s)}
+    },
 }
 
 
@@ -92,15 +101,21 @@ def test_weights_chooses_the_network(model, images, tmp_path, weights, other):
     state = prefixed("backbone.", model.state_dict())
     torch.save({other: zeros(state), weights: prefixed("module.", state)}, tmp_path / "both.pth")
     backbone, about = loaded(tmp_path / "both.pth", weights)
-    assert about["network"] == weights and torch.allclose(backbone(images), features(model, images), atol=1e-5)
-    with pytest.raises(UserError, match=f"{other}.backbone, {weights}.backbone: not exactly one of them is ema"):
+    assert about["network"] == weights and torch.allclose(
+        backbone(images), features(model, images), atol=1e-5
+    )
+    with pytest.raises(
+        UserError, match=f"{other}.backbone, {weights}.backbone: not exactly one of them is ema"
+    ):
         loaded(tmp_path / "both.pth", "ema")
 
 
 def test_networks_without_a_teacher_are_named_as_the_file_has_them(model, tmp_path):
     state = model.state_dict()
     torch.save({"state_dict": state, "state_dict_ema": zeros(state)}, tmp_path / "timm.pth")
-    with pytest.raises(UserError, match="networks state_dict, state_dict_ema: not exactly one of them is teacher"):
+    with pytest.raises(
+        UserError, match="networks state_dict, state_dict_ema: not exactly one of them is teacher"
+    ):
         loaded(tmp_path / "timm.pth")
     backbone, about = loaded(tmp_path / "timm.pth", "state_dict_ema")
     assert about["network"] == "state_dict_ema" and not backbone.cls_token.any()
@@ -113,7 +128,9 @@ def test_networks_without_a_teacher_are_named_as_the_file_has_them(model, tmp_pa
 def test_heads_are_given_or_in_the_file_or_guessed(images, tmp_path, capsys):
     model = timm_vit(heads=4, num_classes=0)
     torch.save(model.state_dict(), tmp_path / "four.pth")
-    assert torch.allclose(loaded(tmp_path / "four.pth", heads=4)[0](images), features(model, images), atol=1e-5)
+    assert torch.allclose(
+        loaded(tmp_path / "four.pth", heads=4)[0](images), features(model, images), atol=1e-5
+    )
     assert "guessed" not in capsys.readouterr().out
     assert loaded(tmp_path / "four.pth")[0].args["heads"] == 2
     assert "guessed 2, width / 64; --heads sets it" in capsys.readouterr().out
@@ -124,7 +141,9 @@ def test_heads_are_given_or_in_the_file_or_guessed(images, tmp_path, capsys):
         loaded(tmp_path, heads=2)
 
 
-@pytest.mark.parametrize("options", [{}, {"no_embed_class": True}, {"reg_tokens": 4}, {"reg_tokens": 4, "no_embed_class": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"no_embed_class": True}, {"reg_tokens": 4}, {"reg_tokens": 4, "no_embed_class": True}]
+)
 def test_layer_scale_registers_and_positions_are_timms(tmp_path, options):
     model = timm_vit(56, 14, init_values=0.1, **options)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
@@ -135,7 +154,7 @@ def test_layer_scale_registers_and_positions_are_timms(tmp_path, options):
 
 
 def test_dinov2s_own_registers_have_no_positions(tmp_path):
-    """facebookresearch/dinov2 adds register_tokens after the positions, which are those of [CLS] and patches."""
+    """facebookresearch/dinov2 adds register_tokens after the positions of [CLS] and patches."""
     model = timm_vit(56, 14, init_values=0.1, reg_tokens=4, no_embed_class=True)
     state, x = model.state_dict(), torch.randn(2, 3, 56, 56)
     expected = features(model, x)
@@ -166,7 +185,11 @@ def test_keys_in_the_way_are_named(model, tmp_path):
 def local_pathlib(monkeypatch):
     """A path as Python 3.13 pickles it."""
     module = types.ModuleType("pathlib._local")
-    kind = type("PosixPath", (), {"__module__": "pathlib._local", "__reduce__": lambda self: (type(self), ("/", "out"))})
+    kind = type(
+        "PosixPath",
+        (),
+        {"__module__": "pathlib._local", "__reduce__": lambda self: (type(self), ("/", "out"))},
+    )
     module.PosixPath = kind
     monkeypatch.setitem(sys.modules, "pathlib._local", module)
     return kind()
@@ -191,7 +214,9 @@ def test_no_code_of_a_file_is_run(model, tmp_path):
 
 
 def test_an_official_vit_s16_gives_timms_features(tmp_path):
-    """DINO's .pth at its own size; at another one timm gets our positions, DINO's, for its own are antialiased."""
+    """DINO's .pth at its own size; at another one timm gets our positions, DINO's, for its own are
+    antialiased.
+    """
     model = drawn(timm.create_model("vit_small_patch16_224", pretrained=False, weight_init="skip"), 0.03)
     state = prefixed("module.backbone.", model.state_dict())
     torch.save({"teacher": state, "args": argparse.Namespace(arch="vit_small")}, tmp_path / "dino.pth")
@@ -229,7 +254,9 @@ def test_student_and_teacher_start_from_init(train, init_file, capsys, script):
 
     train(script, spy, init=init_file, image_size=32, local_size=16, max_steps=1)
     assert len(started) == (1 if script == "barlow.py" else 2)
-    assert f"teacher of {init_file}, {{'image_size': 16, 'patch_size': 4, 'dim': 16" in capsys.readouterr().out
+    assert (
+        f"teacher of {init_file}, {{'image_size': 16, 'patch_size': 4, 'dim': 16" in capsys.readouterr().out
+    )
 
 
 def test_init_contradicts_no_given_option_and_is_not_read_again(train, init_file, tmp_path):
@@ -252,12 +279,20 @@ def test_init_contradicts_no_given_option_and_is_not_read_again(train, init_file
 
 
 def test_learning_rates_decay_by_block():
-    """As MAE's param_groups_lrd: embeddings are layer 0, block i is i + 1, norm and classifier are not decayed."""
+    """As MAE's param_groups_lrd: embeddings are layer 0, block i is i + 1, norm and classifier are not
+    decayed.
+    """
     vit = ViT(16, 8, 16, 3, 2, registers=1)
     model = torch.nn.Sequential(vit, torch.nn.Linear(16, 5))
     groups = {id(group["params"][0]): group for group in finetuning.parameter_groups(model, 2.0)}
     assert len(groups) == len(list(model.parameters()))
-    layers = [vit.cls_token, vit.blocks[0].attn.qkv.weight, vit.blocks[1].norm1.bias, vit.blocks[2].mlp.fc1.weight, vit.norm.weight]
+    layers = [
+        vit.cls_token,
+        vit.blocks[0].attn.qkv.weight,
+        vit.blocks[1].norm1.bias,
+        vit.blocks[2].mlp.fc1.weight,
+        vit.norm.weight,
+    ]
     for i, p in enumerate(layers):
         assert groups[id(p)]["lr"] == pytest.approx(2 * 0.65 ** (4 - i))
     for p in (vit.pos_embed, vit.reg_token, vit.patch_embed.proj.weight):
@@ -265,7 +300,9 @@ def test_learning_rates_decay_by_block():
     assert groups[id(model[1].weight)]["lr"] == 2
     decayed = [vit.patch_embed.proj.weight, vit.blocks[0].attn.qkv.weight, model[1].weight]
     assert all(groups[id(p)]["weight_decay"] == 0.05 for p in decayed)
-    assert not any(groups[id(p)]["weight_decay"] for p in (vit.cls_token, vit.pos_embed, vit.norm.weight, model[1].bias))
+    assert not any(
+        groups[id(p)]["weight_decay"] for p in (vit.cls_token, vit.pos_embed, vit.norm.weight, model[1].bias)
+    )
 
 
 def test_held_out_images_select_and_the_test_set_is_looked_at_once(monkeypatch):
@@ -300,7 +337,10 @@ def test_the_backbone_learns_and_the_one_given_stays(monkeypatch):
     """Striped images and dark ones. Drop path is off, the first step starts at the linear probe."""
     monkeypatch.setattr(finetuning, "LEARNING_RATES", (3e-3,))
     g = torch.Generator().manual_seed(0)
-    images, labels = torch.randint(0, 60, (300, 3, 8, 8), generator=g, dtype=torch.uint8), torch.arange(300) % 2
+    images, labels = (
+        torch.randint(0, 60, (300, 3, 8, 8), generator=g, dtype=torch.uint8),
+        torch.arange(300) % 2,
+    )
     images[labels == 1, :, :, ::2] += 190  # stripes
     torch.manual_seed(0)
     backbone = ViT(8, 4, 16, 2, 2, drop_path=0.9).requires_grad_(False)
