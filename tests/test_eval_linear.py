@@ -65,23 +65,24 @@ def test_a_probe_is_no_worse_than_the_best_logistic_regression(random_features, 
 def test_the_optimum_is_scikit_learns(random_features, strength):
     sklearn = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
     train, y, test, _ = random_features
-    mean, matrix = whitening(train["linear"])
+    mean, matrix, scale = whitening(train["linear"])
     x, test_x = ((features["linear"] - mean) @ matrix for features in (train, test))
-    ours = predict(test_x, fit(x, y, strength, (torch.zeros(48, 10), torch.zeros(10)))).softmax(1)
+    ours = predict(test_x, fit(x, y, strength * scale, (torch.zeros(48, 10), torch.zeros(10)))).softmax(1)
     theirs = sklearn.LogisticRegression(C=1 / (len(x) * strength), tol=1e-6, max_iter=1000)
+    x, test_x = (features / scale.T.sqrt() for features in (x, test_x))  # half-way whitened
     theirs = theirs.fit(x.numpy(), y.numpy()).predict_proba(test_x.numpy())
     assert (ours - torch.from_numpy(theirs)).abs().mean() < 2e-3
 
 
 def test_whitened_features_have_unit_covariance():
     x = torch.randn(5000, 6) @ torch.randn(6, 6) + 3
-    mean, matrix = whitening(x)
+    mean, matrix, _ = whitening(x)
     white = (x - mean) @ matrix
     assert white.mean(0).abs().max() < 1e-3
     assert torch.linalg.eigvalsh(white.T @ white / 5000).max() <= 1 + 1e-3
     constant = torch.ones(100, 3)
-    mean, matrix = whitening(constant)
-    assert ((constant - mean) @ matrix).isfinite().all()
+    mean, matrix, scale = whitening(constant)
+    assert ((constant - mean) @ matrix).isfinite().all() and scale.isfinite().all()
 
 
 @pytest.mark.parametrize("hits, n", [(0, 10), (7, 10), (916, 1000), (50, 50)])

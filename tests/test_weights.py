@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import twins.finetune as finetuning
 from conftest import SCRIPTS
+from eval_linear import augment
 from test_eval_linear import photographs
 from twins.backbones import load_backbone
 from twins.errors import UserError
@@ -345,18 +346,19 @@ def test_the_backbone_learns_and_the_one_given_stays(monkeypatch):
     torch.manual_seed(0)
     backbone = ViT(8, 4, 16, 2, 2, drop_path=0.9).requires_grad_(False)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    result = finetuning.finetune(backbone, images, labels, images[:100], labels[:100], 0, FLOAT32, 1e-2, 2, 3)
+    settings = augment, 1e-2, 2, 3  # strength, classes, epochs
+    result = finetuning.finetune(backbone, images, labels, images[:100], labels[:100], 0, FLOAT32, *settings)
     assert result["top1"] > 0.95
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
-    *_, model = finetuning.train(backbone, images, labels, 1e-3, 0, FLOAT32, 1e-2, 2, 1)
+    *_, model = finetuning.train(backbone, images, labels, 1e-3, 0, FLOAT32, augment, 1e-2, 2, 1)
     moved = [not torch.equal(value, before[name]) for name, value in model[0].state_dict().items()]
     assert all(moved) and not model[0].training
-    *_, model = finetuning.train(backbone, images, labels, 0.0, 0, FLOAT32, 1e-2, 2, 1)
+    *_, model = finetuning.train(backbone, images, labels, 0.0, 0, FLOAT32, augment, 1e-2, 2, 1)
     scores = finetuning.predict(model, images, "cpu", FLOAT32)
     x = finetuning.predict(backbone.eval(), images, "cpu", FLOAT32)
-    mean, matrix = whitening(x)
+    mean, matrix, scale = whitening(x)
     x = (x - mean) @ matrix
-    probe = fit(x, labels, 1e-2, (torch.zeros(16, 2), torch.zeros(2)))
+    probe = fit(x, labels, 1e-2 * scale, (torch.zeros(16, 2), torch.zeros(2)))
     assert torch.allclose(scores, predict(x, probe), atol=1e-3)
 
 

@@ -49,9 +49,9 @@ def train(backbone, images, labels, lr, seed, autocast, augment, strength, class
     """Trains a copy of the backbone and a probe of this strength; yields the model after each epoch."""
     backbone = copy.deepcopy(backbone).eval()  # without drop path
     x = predict(backbone, images, labels.device, autocast)
-    mean, matrix = whitening(x)
+    mean, matrix, scale = whitening(x)
     zero = x.new_zeros(x.shape[1], classes), x.new_zeros(classes)
-    weight, bias = fit((x - mean) @ matrix, labels, strength, zero)
+    weight, bias = fit((x - mean) @ matrix, labels, strength * scale, zero)
     weight = matrix @ weight
     model = torch.nn.Sequential(backbone, torch.nn.Linear(*weight.shape, device=x.device))
     model[1].load_state_dict({"weight": weight.T, "bias": bias - mean @ weight})
@@ -76,8 +76,8 @@ def finetune(backbone, images, labels, test_images, test_labels, seed, autocast,
     """A result as twins.probes has them: images uint8 [n 3 s s], labels int64 [n] on the device.
 
     settings: augment(uint8 [b 3 s s], numpy's random numbers) -> [b 3 s s], strength of the linear probe,
-    classes, epochs. Held-out training images select learning rate and
-    last epoch; a new copy is then trained on all of them, and the test set is looked at once.
+    classes, epochs. Held-out training images select learning rate and last epoch; a new copy is then trained
+    on all of them, and the test set is looked at once.
     """
     held_out, rest = (rows.to(labels.device) for rows in balanced(labels.cpu(), 0.1, seed))
     grid = []

@@ -1,9 +1,11 @@
 """Probes of features: softmax regression that converges, k-NN, selection on held-out training images.
 
-    x <- (x - mean) (C + 1e-4 tr(C) / d I)^(-1/2)      C = covariance of the training features
-    min over W, bias:  mean cross-entropy(x W + bias) + strength / 2 |W|^2
+    E = C + 1e-4 tr(C) / d I, scaled to mean 1 in the penalty      C = covariance of the training features
+    x <- (x - mean) E^(-1/2)
+    min over W, bias:  mean cross-entropy(x W + bias) + strength / 2 |E^(-1/4) W|^2
 
-Whitening makes the problem round, so that L-BFGS needs tens of steps where SGD needs thousands.
+Whitening makes the problem round, so that L-BFGS needs tens of steps where SGD needs thousands. The penalty
+is that of features whitened half way: a penalty on W itself trusts directions of small variance too much.
 
 Letters in shapes:  n m images  d width of a feature  c classes
 """
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from twins.errors import UserError
 from twins.monitor import knn
 
-STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of the L2 penalty; each starts where the one before ended
+STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # of the L2 penalty; each starts where the one before ended
 NEIGHBOURS = (10, 20, 100, 200)
 
 
@@ -31,16 +33,16 @@ def balanced(labels, share, seed):
 
 
 def whitening(x):
-    """Mean [d] and matrix [d d] that whiten the features x [n d]: (x - mean) @ matrix."""
+    """Mean [d] and matrix [d d] that whiten the features x [n d], (x - mean) @ matrix; E^(-1/2) [d 1]."""
     mean = x.mean(0)
     covariance = ((x - mean).T @ (x - mean) / len(x)).cpu().double()
     values, vectors = torch.linalg.eigh(covariance)
-    scale = (values.clamp(min=0) + 1e-4 * values.mean() + 1e-12).rsqrt()
-    return mean, (vectors * scale).to(x)
+    e = values.clamp(min=0) + 1e-4 * values.mean() + 1e-12
+    return mean, (vectors * e.rsqrt()).to(x), (e / e.mean()).rsqrt()[:, None].to(x)
 
 
-def fit(x, labels, strength, probe):
-    """Softmax regression with L2 penalty by L-BFGS: features x [n d], labels int64 [n] -> a probe.
+def fit(x, labels, penalty, probe):
+    """Softmax regression by L-BFGS: x [n d], labels int64 [n], L2 penalty, a float or [d 1] -> a probe.
 
     A probe is (weight [d c], bias [c]); the one given is where L-BFGS starts. It stops when a step improves
     the loss by less than 1e-5 nats, or after 200 steps.
@@ -57,7 +59,7 @@ def fit(x, labels, strength, probe):
 
     def loss_and_gradient():
         optimizer.zero_grad()
-        loss = strength / 2 * weight.square().sum()
+        loss = (penalty * weight.square()).sum() / 2
         loss.backward()
         for rows, answers in zip(x.split(4096), labels.split(4096), strict=True):  # the logits stay small
             ce = F.cross_entropy(rows @ weight + bias, answers, reduction="sum") / len(x)
@@ -98,17 +100,18 @@ def measure(scores, labels):
 
 def linear_probe(x, labels, held_out, rest, test, test_labels, classes, name=""):
     """Result of one linear protocol: features x [n d] and test [m d]; held_out, rest: rows of x, int64."""
-    mean, matrix = whitening(x)
+    mean, matrix, scale = whitening(x)
     x, test = (x - mean) @ matrix, (test - mean) @ matrix
     probe = x.new_zeros(x.shape[1], classes), x.new_zeros(classes)
     fitted, fitted_labels, grid, probes = x[rest], labels[rest], [], []
     for strength in tqdm(STRENGTHS, f"selecting {name}", unit=" strengths", leave=False, delay=1):
-        probe = fit(fitted, fitted_labels, strength, probe)
-        score = hit_rate(predict(x[held_out], probe), labels[held_out])
-        grid.append({"strength": strength, "held_out": score})
+        probe = fit(fitted, fitted_labels, strength * scale, probe)
+        scores, answers = predict(x[held_out], probe), labels[held_out]
+        loss = F.cross_entropy(scores, answers).item()  # it selects: less noisy than the accuracy
+        grid.append({"strength": strength, "held_out": hit_rate(scores, answers), "held_out_loss": loss})
         probes.append(probe)
-    selected = max(range(len(grid)), key=lambda i: grid[i]["held_out"])
-    probe = fit(x, labels, STRENGTHS[selected], probes[selected])
+    selected = min(range(len(grid)), key=lambda i: grid[i]["held_out_loss"])
+    probe = fit(x, labels, STRENGTHS[selected] * scale, probes[selected])
     return {"selected": grid[selected], "grid": grid, **measure(predict(test, probe), test_labels)}
 
 
