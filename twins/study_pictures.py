@@ -15,6 +15,7 @@ def best_figure(curves):
     for title, curve in curves.items():
         axis.plot(range(1, len(curve) + 1), 100 * np.array(curve), marker="o", markersize=3, label=title)
     axis.set(xlabel="random settings tried", ylabel=f"expected best {METRIC}, %")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False)
     return png(figure)
 
