@@ -198,11 +198,11 @@ if __name__ == "__main__":
         run.check(step, lr, **parts, loss=loss)
         optimizer.zero_grad()
         loss.backward()
-        if grad_clip:
-            for parameter in student.parameters():  # each alone, as DINO does
-                nn.utils.clip_grad_norm_(parameter, grad_clip)
+        if grad_clip:  # each alone, as DINO does
+            grads = [p.grad for p in student.parameters() if p.grad is not None]
+            scale = (grad_clip / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1)
+            torch._foreach_mul_(grads, list(scale))
         optimizer.step()
-
         done = step + 1
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:

@@ -270,9 +270,10 @@ if __name__ == "__main__":
         run.check(step, lr, **parts, loss=loss)
         optimizer.zero_grad()
         loss.backward()
-        if grad_clip:
-            for parameter in student.parameters():  # each alone, as DINO does
-                nn.utils.clip_grad_norm_(parameter, grad_clip)
+        if grad_clip:  # each alone, as DINO does
+            grads = [p.grad for p in student.parameters() if p.grad is not None]
+            scale = (grad_clip / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1)
+            torch._foreach_mul_(grads, list(scale))
         # --- method
         if epoch < freeze_last_layer_epochs:
             student.head.last.weight.grad = student.head.length.grad = None  # the optimizer skips them
@@ -285,7 +286,6 @@ if __name__ == "__main__":
         if centering:
             center.lerp_(global_mean(z_t.mean((0, 1))), 1 - center_momentum)  # for the next step
         # --- end method
-
         done = step + 1
         evaluate_now = done % eval_every == 0 or done == steps
         if done % log_every == 0 or evaluate_now:

@@ -147,6 +147,26 @@ def launch(words, cwd, processes=0):
         )
 
 
+@pytest.fixture
+def start_run(tmp_path, monkeypatch):
+    """start_run(state, backbone, steps=9, device="cpu", **config): the Run of small networks.
+
+    It draws no curves, and all that it takes is given back.
+    """
+    monkeypatch.setattr(run_module, "git_state", dict)
+    monkeypatch.setattr(run_module, "curves_picture", lambda rows: b"")
+    defaults = dict(resume=False, logger="", batch_size=2, log_every=1, eval_every=1, seed=0)
+    defaults.update(dataset="shapes", data_dir="data", out_dir=str(tmp_path / "run"))
+
+    def start(state, backbone, steps=9, device="cpu", **config):
+        config = defaults | config
+        return run_module.Run(ROOT / "dino.py", config, steps, state, backbone, torch.device(device))
+
+    yield start
+    run_module.Run.held.close()
+    close_bars()
+
+
 def copy_of_the_code(folder):
     for path in [*ROOT.glob("*.py"), *ROOT.glob("twins/*.py")]:
         copy = folder / path.relative_to(ROOT)

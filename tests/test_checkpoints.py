@@ -17,40 +17,23 @@ import data
 from conftest import ROOT, launch, tiny
 from twins import decoding, files, keys, run, weights
 from twins.backbones import load_backbone, trained_on
-from twins.errors import UserError, close_bars
+from twins.errors import UserError
 from twins.files import load_checkpoint, read_checkpoint, read_log
 from vit import ViT
 
-CONFIG = dict(
-    resume=False,
-    logger="",
-    batch_size=2,
-    log_every=1,
-    eval_every=1,
-    dataset="shapes",
-    data_dir="data",
-    seed=0,
-    base_lr=0.1,
-)
-
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
+def small(start_run):
     """small(resume=True, ...) is the Run of a linear layer, in milliseconds."""
-    monkeypatch.setattr(run, "git_state", dict)
-    monkeypatch.setattr(run, "curves_picture", lambda rows: b"")
 
     def start(text="one", steps=9, **config):
         torch.manual_seed(0)
         network = torch.nn.Linear(3, 1)
         state = {"network": network, "center": torch.zeros(2), "data": text}
         state["optimizer"] = torch.optim.AdamW(network.parameters())
-        config = {**CONFIG, "out_dir": str(tmp_path / "run"), **config}
-        return run.Run(ROOT / "dino.py", config, steps, state, network, torch.device("cpu"))
+        return start_run(state, network, steps, **{"base_lr": 0.1, **config})
 
-    yield start
-    run.Run.held.close()
-    close_bars()
+    return start
 
 
 def steps(r, *numbers, scale=1.0):

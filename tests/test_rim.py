@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, tiny
-from twins import keys, monitor, pictures, processes, run
-from twins.errors import UserError, close_bars
+from twins import keys, monitor, pictures, processes
+from twins.errors import UserError
 from twins.files import read_log
 
 ENVIRONMENT = {  # a notebook's server, an ascii terminal, a cluster's job
@@ -124,29 +124,14 @@ def test_only_torchrun_is_torchrun(monkeypatch, environment):
 
 
 @pytest.fixture
-def network(tmp_path, monkeypatch):
-    """network(...) starts the Run of a small network, and is given back all that a run takes."""
-    monkeypatch.setattr(run, "git_state", dict)
-    monkeypatch.setattr(run, "curves_picture", lambda rows: b"")
-    config = dict(
-        resume=False,
-        logger="",
-        batch_size=2,
-        log_every=1,
-        eval_every=1,
-        dataset="shapes",
-        data_dir="data",
-        seed=0,
-    )
+def network(start_run):
+    """network(...) starts the Run of a small network."""
 
     def start(device="cpu", **changes):
         layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
-        settings = {**config, "out_dir": str(tmp_path / "run"), **changes}
-        return run.Run(ROOT / "dino.py", settings, 9, {"student": layers}, layers, torch.device(device))
+        return start_run({"student": layers}, layers, device=device, **changes)
 
-    yield start
-    run.Run.held.close()
-    close_bars()
+    return start
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

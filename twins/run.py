@@ -118,7 +118,7 @@ class Run:
 
     def update(self):
         """Moves the bar; a signal that one process received stops all of them after the same step."""
-        if self.device.type == "cpu":  # a GPU would be waited for
+        if self.device.type == "cpu" and self.clock_step <= self.bar.n:  # row() has not; a GPU would wait
             self.check_weights()
         self.bar.update()
         self.estimate()

@@ -14,6 +14,7 @@ from twins.errors import ROOT, UserError, first_line
 from twins.files import load_checkpoint, load_pickle, read_checkpoint, read_json, sha256, write_file
 from twins.keys import parse
 
+CHECKPOINTS = ("ckpt.pt", "ckpt-previous.pt")  # of a training script
 CLASSIFIERS = ("head", "head_dist", "fc", "fc_norm", "mask_token")  # no part of the features
 
 
@@ -23,8 +24,9 @@ def read_backbone(path, network, heads, vit):
     network, heads: as read_weights has them. vit: the class, unless a run names another one in a file beside
     the scripts. Raises UserError for anything else, and for heads that contradict the file.
     """
-    if is_run(path):
-        state, vit, args, known = read_run(path, network, vit)
+    saved, file = read_run(path)
+    if saved:
+        state, vit, args, known = backbone_of(saved, file, network, vit)
     else:
         state, args, known = read_weights(path, network, heads)
     if heads and args.get("heads", heads) != heads:
@@ -32,25 +34,25 @@ def read_backbone(path, network, heads, vit):
     return state, vit, args, known
 
 
-def is_run(path):
-    """True for a training script's folder or checkpoint, sound or not."""
+def read_run(path):
+    """A run's checkpoint, of its folder or file, and its path; {} if it is neither. Raises UserError."""
     if path.is_dir():
-        return (path / "ckpt.pt").exists() or (path / "ckpt-previous.pt").exists()
-    try:
-        read_checkpoint(path)
-    except UserError:
-        return path.name in ("ckpt.pt", "ckpt-previous.pt")
-    return True
-
-
-def read_run(path, network, vit):
-    """A run's backbone: its state dict, class and arguments, and {script, step, dataset ...} of it."""
-    if path.is_dir():
+        if not any((path / name).exists() for name in CHECKPOINTS):
+            return {}, path
         saved, path, problem = load_checkpoint(path)
         if problem:
             print(f"warning: {problem}; using the checkpoint before it")
-    else:
-        saved = read_checkpoint(path)
+        return saved, path
+    try:
+        return read_checkpoint(path), path
+    except UserError:
+        if path.name in CHECKPOINTS:
+            raise
+        return {}, path
+
+
+def backbone_of(saved, path, network, vit):
+    """A run's backbone: its state dict, class and arguments, and {script, step, dataset ...} of it."""
     backbone = saved["backbone"]
     evaluated, _, inner = backbone["name"].partition(".")
     network = network or evaluated
@@ -225,7 +227,7 @@ def start_from(script, vit):
     Positions are interpolated to image_size. Raises UserError for options that contradict the file, and for
     register tokens, which the scripts lack.
     """
-    path, given = Path(script["init"]).expanduser(), parse(script, sys.argv[1:])[2]
+    path, given = Path(script["init"]), parse(script, sys.argv[1:])[2]
     state, _, args, known = read_backbone(path, "", given.get("heads", 0), vit)
     if args.get("registers"):
         raise UserError(f"--init={path} has register tokens (reg_token): the training scripts have none")
