@@ -1,9 +1,10 @@
 """Attention maps of one or more backbones: pictures, figures, and a test whether groups of runs differ.
 
 A map is [CLS]'s attention to the patches in the last block, of one head or the mean of all, scaled to sum 1.
-Pictures show log2 of its ratio to uniform attention. With masks: the share of attention on the object, over
-the object's share of the image (mass / area: 1 is uniform), and DINO's Jaccard, of the largest patches that
-hold 60 or 80 % of the attention (2104.14294, figure 4); "-" where a map is so flat that noise chooses them.
+Pictures show log2 of its ratio to uniform attention, and patch tokens as colours (PCA, as DINOv2's). With
+masks: the share of attention on the object, over the object's share of the image (mass / area: 1 is uniform),
+and DINO's Jaccard, of the largest patches that hold 60 or 80 % of the attention (2104.14294, figure 4); "-"
+where a map is so flat that noise chooses them.
 
 Two maps p, q of an image differ by the Jensen-Shannon divergence, 0 to 1 bit; two runs by its mean over
 images, of their mean maps; a permutation test over runs compares groups of runs (twins/permutation.py):
@@ -32,13 +33,14 @@ from twins.attention import attend, describe, divergences, keep_mass, near_unifo
 from twins.backbones import configure_evaluation, load_backbone, output_folder, random_like, trained_on
 from twins.datasets import Split
 from twins.errors import UserError
-from twins.evaluation_pictures import attention_picture, divergence_picture
+from twins.evaluation_pictures import attention_picture, divergence_picture, pca_colours
 from twins.files import git_state, write_file
 from twins.folders import decode, image_files
 from twins.masks import has_masks, load_masks
 from twins.permutation import permutation_test, sentence
 from twins.pictures import printed
 from twins.processes import rank, setup
+from twins.segmentation import patch_tokens
 from vit import ViT, check_size
 
 ckpt = ""  # A,B,... or name=A:B,name=C:D; each a run's folder, an export folder, a file of weights, or random
@@ -115,18 +117,20 @@ def choose_images(dataset, data_dir, size, n, seed, skip_bad_images):
 
 
 def panel(backbone, maps, pixels, device, autocast):
-    """What attention.png shows of one run: {title: maps [n y x], or bool [n y x]} of the first images."""
-    columns = {}
+    """What attention.png shows of one run for the first `rows` images: see attention_picture()."""
     if blocks == "all":
-        for i in range(len(backbone.blocks)):
-            columns[f"block {i + 1}"] = attend(backbone, pixels, device, autocast, i)[0].mean(1)
-        return columns
-    first = maps[: len(pixels)]
-    columns["mean of heads"] = first.mean(1)
+        each = range(len(backbone.blocks))
+        means = [attend(backbone, pixels[:rows], device, autocast, i)[0].mean(1) for i in each]
+        return {f"block {i + 1}": mean for i, mean in enumerate(means)}
+    first = maps[:rows]
+    columns = {"mean of heads": first.mean(1)}
     for i in range(first.shape[1]):
         columns[f"head {i + 1}"] = first[:, i]
     if not near_uniform(maps.mean(1)):
         columns["60 % of mass"] = keep_mass(first.mean(1), 0.6)
+    with autocast, torch.no_grad():
+        tokens = patch_tokens(backbone, pixels[: max(rows, 64)].to(device))
+    columns["patch tokens, PCA"] = pca_colours(tokens.cpu())[:rows]
     return columns
 
 
@@ -190,7 +194,7 @@ if __name__ == "__main__":
         report.append({"group": name, "ckpt": path, "checkpoint": known, **figures})
         mean_maps.append(maps.mean(1))
         if name not in panels:  # the picture shows the first run of a group
-            panels[name] = panel(backbone, maps, data.images[:rows], device, autocast)
+            panels[name] = panel(backbone, maps, data.images, device, autocast)
 
     if rank():
         sys.exit()  # rank 0 tests and reports

@@ -155,7 +155,9 @@ def start_run(tmp_path, monkeypatch):
     """
     monkeypatch.setattr(run_module, "git_state", dict)
     monkeypatch.setattr(run_module, "curves_picture", lambda rows: b"")
-    defaults = dict(resume=False, logger="", batch_size=2, log_every=1, eval_every=1, seed=0)
+    defaults = dict(
+        resume=False, compile=False, logger="", save_every=99, batch_size=2, log_every=1, eval_every=1, seed=0
+    )
     defaults.update(dataset="shapes", data_dir="data", out_dir=str(tmp_path / "run"))
 
     def start(state, backbone, steps=9, device="cpu", **config):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from twins import evaluation_pictures, pictures
-from twins.evaluation_pictures import attention_picture, attention_tile, divergence_picture
+from twins.evaluation_pictures import attention_picture, attention_tile, divergence_picture, pca_colours
 
 
 def test_attention_has_one_colour_scale_and_uniform_is_white():
@@ -51,9 +51,25 @@ def test_curves_show_every_number_of_the_log(monkeypatch):
     assert pictures.curves_picture([{"step": 0}])[:4] == b"\x89PNG"
 
 
+def test_pca_colours_are_the_three_largest_components_of_all_tokens():
+    torch.manual_seed(0)
+    planted = torch.rand(3, 2, 4, 4)  # two directions that vary, in three images
+    basis = torch.linalg.qr(torch.randn(5, 5)).Q
+    tokens = torch.einsum("n c y x, c d -> n d y x", planted * torch.tensor([9, 1]).view(2, 1, 1), basis[:2])
+    colours = pca_colours(tokens + 7)  # the mean does not count
+    assert colours.shape == (3, 4, 4, 3) and colours.min() == 0 and colours.max() == 1
+    for i in range(2):
+        pair = torch.stack([colours[..., i].flatten(), planted[:, i].flatten().double()])
+        assert abs(torch.corrcoef(pair)[0, 1]) > 0.97
+    assert pca_colours(torch.ones(1, 5, 2, 2)).isfinite().all()
+
+
 def test_pictures_print_names_as_a_paper_does(monkeypatch):
     maps = torch.full((2, 4, 4), 1 / 16)
-    panels = {name: {"mean of heads": maps, "60 %": maps > 0} for name in ("dino", "barlow", "mine")}
+    panels = {
+        name: {"mean of heads": maps, "60 %": maps > 0, "PCA": torch.rand(2, 4, 4, 3)}
+        for name in ("dino", "barlow", "mine")
+    }
     images, masks = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8)
     masks[0, :4] = 1
     figure = drawn(monkeypatch, evaluation_pictures, lambda: attention_picture(images, panels, masks))

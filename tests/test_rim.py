@@ -134,6 +134,24 @@ def network(start_run):
     return start
 
 
+@pytest.mark.parametrize(
+    "seconds, steps, hours, after",
+    [(40, 1001, 11.1, 1), (1, 9006, 2.5, 6), (1, 3000, None, None), (40, 51, None, None)],
+)
+def test_a_run_of_hours_says_so_after_five_seconds(network, monkeypatch, seconds, steps, hours, after):
+    """seconds: of a step; after: this many steps."""
+    now, heard = [1000.0], {}
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    r = network(steps=steps, preset="")
+    monkeypatch.setattr(r.bar, "write", lambda text: heard.update({r.bar.n: text}))
+    for step in r.loop():
+        now[0] += seconds
+        if step == 9:
+            break
+    said = f"this run will take about {hours} hours on this CPU; --preset=small is quicker"
+    assert heard == ({after: said} if hours else {})
+
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -30,6 +30,19 @@ def attention_tile(attention):
     return attention_scale().to_rgba(ratio.clamp(min=2.0**-BITS).log2().numpy())[..., :3]
 
 
+def pca_colours(tokens):
+    """Patch tokens [n d y x] -> RGB of 0 to 1 [n y x 3]: their first three principal components, as DINOv2.
+
+    The components are of all tokens together, so equal colours mean equal features in all images.
+    """
+    flat = rearrange(tokens.double(), "n d y x -> (n y x) d")
+    flat = flat - flat.mean(0)
+    scores = flat @ torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(1)
+    low, high = scores.quantile(torch.tensor([0.02, 0.98]).double(), dim=0)
+    colours = ((scores - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+    return rearrange(colours, "(n y x) c -> n y x c", n=len(tokens), y=tokens.shape[2])
+
+
 def kept_tile(image, keep):
     """An image [s s 3] of 0 to 1, dark outside the patches keep, bool [y x] -> [s s 3]."""
     keep = F.interpolate(keep[None, None].float(), size=image.shape[:2], mode="nearest")[0, 0, :, :, None]
@@ -68,7 +81,8 @@ def draw_tiles(lines, rows, foot=0.0):
 
 
 def attention_picture(images, panels, masks=None):
-    """attention.png: images uint8 [n 3 s s]; panels {group: {title: maps [n y x] of sum 1, or bool [n y x]}}.
+    """attention.png: images uint8 [n 3 s s]; panels {group: {title: one of these for each image}}:
+    maps [n y x] of sum 1, patches to keep, bool [n y x], or colours [n y x 3].
 
     masks int16 [n s s] or None: the objects' outlines are drawn on the images. A group is never split.
     """
@@ -82,6 +96,8 @@ def attention_picture(images, panels, masks=None):
         for title, maps in columns.items():
             if maps.dtype == torch.bool:
                 group[title] = [kept_tile(p, keep) for p, keep in zip(pixels, maps, strict=True)]
+            elif maps.ndim == 4:
+                group[title] = list(maps.numpy())
             else:
                 group[title] = [attention_tile(attention) for attention in maps]
         used += len(columns)

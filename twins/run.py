@@ -28,8 +28,6 @@ from twins.pictures import crops_picture, curves_picture
 from twins.processes import rank, seed_step, to_numbers, world
 from twins.weights import write_export
 
-LONG = 3600  # seconds of a run on a CPU that are worth a word
-
 
 class Run:
     """A run's folder (config.json, script.py, log.jsonl, ckpt.pt, curves.png, export/), progress bar and end.
@@ -73,7 +71,8 @@ class Run:
         interval = 0.5 if sys.stderr.isatty() else 15
         self.bar = tqdm(total=self.steps, initial=self.start, unit="step", mininterval=interval)
         held.callback(self.bar.close)
-        self.shown, self.clock, self.clock_step, self.first_step_done = {}, time.time(), self.start, 0.0
+        self.shown, self.clock_step = {}, self.start
+        self.began = self.clock = time.time()
         self.signals = dist.new_group(backend="gloo") if world() > 1 else None  # no step waits for it
         self.handlers = {}
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
@@ -106,6 +105,7 @@ class Run:
         """Yields the steps to do, each with its own random numbers; saves; a signal ends it after a step."""
         if self.config["compile"]:
             self.compile()
+        self.began = time.time()
         for step in range(self.start, self.steps):
             seed_step(self.config["seed"], step)
             yield step
@@ -130,15 +130,14 @@ class Run:
             self.stop = stop.item()
 
     def estimate(self):
-        """On a CPU, says after five steps how long the run will take, if that is more than an hour."""
-        done = self.bar.n - self.start
-        if done == 1:
-            self.first_step_done = time.time()
-        if done == 5 and self.device.type == "cpu" and rank() == 0:
-            seconds = (time.time() - self.first_step_done) / 4 * (self.steps - self.bar.n)
-            if seconds > LONG:
+        """On a CPU, says after the first five seconds how long the run will take, if more than an hour."""
+        elapsed, compiles = time.time() - self.began, self.config["compile"]  # then the first step is long
+        if elapsed > 5 and self.device.type == "cpu" and not (compiles or "estimate" in self.said or rank()):
+            self.said.add("estimate")
+            hours = elapsed / (self.bar.n - self.start) * (self.steps - self.bar.n) / 3600
+            if hours > 1:
                 quicker = "; --preset=small is quicker" if self.config.get("preset") == "" else ""
-                self.bar.write(f"this run will take about {seconds / 3600:.1f} hours on this CPU{quicker}")
+                self.bar.write(f"this run will take about {hours:.1f} hours on this CPU{quicker}")
 
     def write(self, name, content, previous=None):
         if rank() == 0:
