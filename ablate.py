@@ -4,7 +4,7 @@
     python ablate.py --study=models --dataset=cifar10 --seeds=6     the best of each on fresh seeds, test set
     python ablate.py --study=removal --dataset=cifar10 --seeds=6    each mechanism off alone, and all of them
     python ablate.py --study=... --dry_run=True                     what it would run, and how long that takes
-    python ablate.py --study=... --report=True                      tables and figures from the rows alone
+    python ablate.py --study=... --report=True                      tables, figures, README from the rows
 
 All runs of a study cost the same floating-point operations: steps = pflop / those of a step, counted.
 Settings are chosen on held-out training images: the best is the one of highest k-NN accuracy among the trials
@@ -23,6 +23,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from twins.answer import write_answer
 from twins.errors import ROOT, UserError
 from twins.files import read_json
 from twins.jobs import default_slots, last_line, run_jobs, start
@@ -230,14 +231,13 @@ if __name__ == "__main__":
     titles = {script: script_of(script)[0] for script in scripts.split(",")}
     if report:
         write_report(out_dir, study, titles)
-        sys.exit()
+        sys.exit(write_answer(ROOT / "README.md", ROOT / "results", titles))
     cells, slots = make_cells(), jobs or default_slots()
     with only_writer(out_dir):
         todo = unfinished(cells, out_dir, name_of)
         print(f"{out_dir}: {len(cells) - len(todo)} of {len(cells)} runs are finished", flush=True)
         if dry_run:
-            say_plan(todo, slots)
-            sys.exit()
+            sys.exit(say_plan(todo, slots))
         work = [(name_of(cell), run_folder(cell).with_suffix(".txt"), run_cell(cell)) for cell in todo]
         failures, stopped = run_jobs(work, slots, finish)
         if read_rows(out_dir):

@@ -13,11 +13,12 @@ import pytest
 
 import ablate
 from conftest import ROOT
+from twins.answer import BLOCK, answer, write_answer
 from twins.errors import UserError
 from twins.files import write_file
 from twins.jobs import run_jobs
 from twins.settings import draw_setting, read_script, removals, toggle
-from twins.studies import best_setting, paired, report_study, run_results, unfinished, write_rows
+from twins.studies import best_setting, paired, read_rows, report_study, run_results, unfinished, write_rows
 
 WITH_TEACHER = ("dino", "hybrid_a", "hybrid_b")
 
@@ -212,3 +213,50 @@ PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 def command_lines():
     return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
+
+
+TITLES = {"dino": "DINO", "barlow": "Barlow Twins", "hybrid_a": "Hybrid A", "hybrid_b": "Hybrid B"}
+
+
+def test_the_readmes_figures_are_those_of_the_rows():
+    """README.md and the pages of all studies are what --report=True makes of the rows in results/."""
+    name, block = BLOCK.search((ROOT / "README.md").read_text()).groups()
+    assert block == answer(ROOT / "results", name, TITLES)
+    studies = [path.parent for path in ROOT.glob("results/*/rows.jsonl") if "pilot" not in path.parent.name]
+    assert studies
+    for folder in studies:
+        page = report_study(read_rows(folder), folder.name.partition("-")[0], TITLES)
+        assert (folder / "README.md").read_text() == page["README.md"]
+        assert all((folder / name).exists() for name in page)
+
+
+@pytest.mark.parametrize(
+    "ahead, seeds, word",
+    [(0.05, 8, "Yes."), (-0.05, 8, "No."), (0.05, 3, "Not shown."), (0.0, 8, "Not shown.")],
+)
+def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds, word):
+    noise = np.random.default_rng(0).normal(0, 0.01, (4, seeds))
+    rows, removed = [], []
+    for script, values in zip(TITLES, noise, strict=True):
+        for seed, value in enumerate(values):
+            accuracy = 0.4 + value + ahead * script.startswith("hybrid")
+            rows.append(row(script, "full", seed, 0.3, test={"test knn": accuracy, "test linear": 0.5}))
+    for label, knn in (("full", 0.3), ("EMA off", 0.2), ("centering off", 0.31), ("multi-crop on", 0.1)):
+        removed += [row("hybrid_a", label, seed, knn) for seed in range(seeds)]
+    write_rows(tmp_path / "models-cifar10", rows)
+    before = answer(tmp_path, "cifar10", TITLES)
+    assert "Not answered yet: no removal has been run" in before
+    write_rows(tmp_path / "removal-cifar10", removed)
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- answer cifar10 -->\nold\n<!-- end answer -->\nbelow\n")
+    for _ in range(2):
+        write_answer(readme, tmp_path, TITLES)
+    text = " ".join(readme.read_text().split())
+    assert text.startswith("above <!-- answer") and text.endswith("-- end answer --> below")
+    said = (
+        f"better features?** {word} On CIFAR-10, {seeds} seeds, 0.1 PFLOP a run, test k-NN: Hybrid A - DINO"
+    )
+    assert said in text and "old" not in text
+    assert ("no p can be below" in text) == (seeds == 3)
+    assert f"Hybrid A ({seeds} seeds): can go: centering; cannot go: EMA." in text
+    assert "![k-NN against PFLOP, CIFAR-10](results/models-cifar10/cost.png)" in text

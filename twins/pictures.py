@@ -19,6 +19,8 @@ NAMES = {  # as a paper prints them
     "hybrid_a": "Hybrid A",
     "hybrid_b": "Hybrid B",
     "random": "random weights",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
     "diningtable": "dining table",
     "pottedplant": "potted plant",
     "tvmonitor": "TV monitor",

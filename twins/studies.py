@@ -170,7 +170,8 @@ def report_search(groups):
 
 def measures(row):
     """{name: value} of what a run is compared by; a run that diverged has no test results."""
-    return {METRIC: row["knn"], **row.get("test", {})}
+    tests = {name.replace("knn", "k-NN"): value for name, value in row.get("test", {}).items()}
+    return {METRIC: row["knn"], **tests}
 
 
 def report_models(groups):

@@ -1,0 +1,131 @@
+"""The answer in README.md: a sentence for each question, a table and a figure, from the rows in results/."""
+
+import re
+import textwrap
+
+import numpy as np
+
+from twins.errors import UserError
+from twins.files import write_file
+from twins.pictures import printed
+from twins.statistics import bootstrap_interval, holm, sign_flip_p, verdict
+from twins.studies import collapsed_share, measures, paired, percent, read_rows, table
+from twins.study_pictures import METRIC
+
+BLOCK = re.compile(r"<!-- answer (\S+) -->\n(.*?)<!-- end answer -->", re.DOTALL)
+STUDIES = ("search", "models", "removal")
+SIGNIFICANT = 0.05
+
+
+def write_answer(readme, results, titles):
+    """Replaces what stands in README.md between <!-- answer DATASET --> and <!-- end answer -->.
+
+    results: the folder of search-DATASET, models-DATASET, removal-DATASET; titles: {script: name in print}.
+    """
+    text = readme.read_text(encoding="utf-8")
+    block = BLOCK.search(text)
+    if not block:
+        raise UserError(f"{readme} has no lines <!-- answer DATASET --> and <!-- end answer -->")
+    write_file(readme, text[: block.start(2)] + answer(results, block[1], titles) + text[block.end(2) :])
+    print(f"wrote {readme}")
+
+
+def answer(results, dataset, titles):
+    """The two questions, their answers, a table and a figure: Markdown."""
+    studies = {study: read_groups(results / f"{study}-{dataset}", titles) for study in STUDIES}
+    study, figure = ("models", "cost.png") if studies["models"] else ("search", "expected-best.png")
+    caption = (
+        f"{'k-NN against PFLOP' if studies['models'] else 'Expected best of n trials'}, {printed(dataset)}"
+    )
+    links = [f"[{name}](results/{name}-{dataset}/README.md)" for name in STUDIES if studies[name]]
+    better = f"**Does CC beside CE give better features?** {compare_models(studies['models'], dataset)}"
+    can_go = f"**Which of DINO's mechanisms can then go?** {list_removals(studies['removal'])}"
+    parts = [
+        textwrap.fill(better, 105),
+        textwrap.fill(can_go, 105),
+        overview(studies),
+        f"![{caption}](results/{study}-{dataset}/{figure})",
+        f"All rows and tables: {', '.join(links)}; [other results](results/README.md).",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def read_groups(folder, titles):
+    """{name in print: rows of a study}, of the scripts that have any."""
+    rows = read_rows(folder)
+    groups = {title: [row for row in rows if row["script"] == script] for script, title in titles.items()}
+    return {title: found for title, found in groups.items() if found}
+
+
+def main_measure(models):
+    """Test k-NN, or k-NN on held-out training images if a run has no test result."""
+    rows = [row for group in models.values() for row in group]
+    return "test k-NN" if all("test k-NN" in measures(row) for row in rows) else METRIC
+
+
+def compare_models(models, dataset):
+    """Each hybrid against each single loss: yes or no only where Holm's p over all of these is below 0.05."""
+    hybrids = [title for title in models if title.startswith("Hybrid")]
+    singles = [title for title in models if title not in hybrids]
+    if not (hybrids and singles):
+        return "Not answered yet: the best settings of the search have not been trained on fresh seeds."
+    measure, pairs = main_measure(models), [(h, s) for h in hybrids for s in singles]
+    found = {(h, s): paired(models[h], models[s], measure) for h, s in pairs}
+    ps = dict(zip(pairs, holm([sign_flip_p(differences) for differences in found.values()]), strict=True))
+
+    def ahead(h, s, sign):
+        return ps[h, s] < SIGNIFICANT and sign * np.mean(found[h, s]) > 0
+
+    if any(all(ahead(h, s, 1) for s in singles) for h in hybrids):
+        word = "Yes."
+    elif any(all(ahead(h, s, -1) for h in hybrids) for s in singles):
+        word = "No."
+    else:
+        word = "Not shown."
+    n, row = min(map(len, found.values())), models[hybrids[0]][0]
+    text = f"{word} On {printed(dataset)}, {n} seeds, {row['budget']:g} PFLOP a run, {measure}: "
+    text += "; ".join(difference(h, s, found[h, s], ps[h, s]) for h, s in pairs) + "."
+    if len(pairs) * 2 / 2**n > SIGNIFICANT:
+        text += f" With {n} seeds and {len(pairs)} comparisons, no p can be below {SIGNIFICANT}."
+    return text
+
+
+def difference(first, second, values, p):
+    low, high = bootstrap_interval(values)
+    points = f"{100 * np.mean(values):+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
+    return f"{first} - {second} {points}p = {p:.2f})"
+
+
+def list_removals(removals):
+    """What each script can do without, by the rule of the study."""
+    sentences = []
+    for title, rows in removals.items():
+        full = [row for row in rows if row["label"] == "full"]
+        sorted_out = {"can go": [], "cannot go": [], "unclear": []}
+        for label in dict.fromkeys(row["label"] for row in rows):
+            differences = paired([row for row in rows if row["label"] == label], full, METRIC)
+            if label.endswith(" off") and differences:
+                sorted_out[verdict(bootstrap_interval(differences))].append(label.removesuffix(" off"))
+        lists = [f"{word}: {', '.join(names)}" for word, names in sorted_out.items() if names]
+        if lists:
+            sentences.append(f"{title} ({len(full)} seeds): {'; '.join(lists)}.")
+    return " ".join(sentences) or "Not answered yet: no removal has been run."
+
+
+def overview(studies):
+    """A row a method: its search, then the fresh seeds of its best setting on the test set."""
+    search, models = studies["search"], studies["models"]
+    names = ("test k-NN", "test linear") if models else ()
+    lines = []
+    for title in search | models:
+        trials, runs = search.get(title, []), models.get(title, [])
+        sound = [100 * row["knn"] for row in trials if not row["collapsed"]]
+        line = [title, collapsed_share(trials) if trials else "", f"{max(sound):.1f}" if sound else ""]
+        if models:
+            line += [len(runs), collapsed_share(runs) if runs else ""]
+            line += [
+                percent([measures(row)[name] for row in runs if name in measures(row)]) for name in names
+            ]
+        lines.append(line)
+    columns = ["method", "trials that collapsed (95 %)", f"best {METRIC}, %"]
+    return table(columns + (["fresh seeds", "collapsed", *names] if models else []), lines)
