@@ -246,6 +246,10 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     write_rows(tmp_path / "models-cifar10", rows)
     before = answer(tmp_path, "cifar10", TITLES)
     assert "Not answered yet: no removal has been run" in before
+    assert "more stable?** Not answered yet" in before
+    trials = [row("dino", "trial", n, 0.3, collapsed=True) for n in range(seeds)]
+    trials += [row("hybrid_a", "trial", n, 0.3, collapsed=n == 0) for n in range(seeds + 1)]
+    write_rows(tmp_path / "search-cifar10", trials)
     write_rows(tmp_path / "removal-cifar10", removed)
     readme = tmp_path / "README.md"
     readme.write_text("above\n<!-- answer cifar10 -->\nold\n<!-- end answer -->\nbelow\n")
@@ -258,5 +262,8 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     )
     assert said in text and "old" not in text
     assert ("no p can be below" in text) == (seeds == 3)
+    counts = f"collapsed: DINO {seeds} of {seeds}, Hybrid A 1 of {seeds + 1}"
+    p = 2 / 2 ** (seeds - 1)  # all pairs but one differ, in one direction
+    assert f"{counts} (Hybrid A - DINO p = {p:.3f}; paired by trial)." in text
     assert f"Hybrid A ({seeds} seeds): can go: centering; cannot go: EMA." in text
     assert "![k-NN against PFLOP, CIFAR-10](results/models-cifar10/cost.png)" in text

@@ -43,6 +43,7 @@ def answer(results, dataset, titles):
     parts = [
         textwrap.fill(better, 105),
         textwrap.fill(can_go, 105),
+        textwrap.fill(f"**Is training more stable?** {compare_collapse(studies['search'], dataset)}", 105),
         overview(studies),
         f"![{caption}](results/{study}-{dataset}/{figure})",
         f"All rows and tables: {', '.join(links)}; [other results](results/README.md).",
@@ -88,6 +89,23 @@ def compare_models(models, dataset):
     if len(pairs) * 2 / 2**n > SIGNIFICANT:
         text += f" With {n} seeds and {len(pairs)} comparisons, no p can be below {SIGNIFICANT}."
     return text
+
+
+def compare_collapse(search, dataset):
+    """How many random settings of each script collapsed, and exact p values, paired by trial."""
+    if not search:
+        return "Not answered yet: there is no search."
+    counts = [
+        f"{title} {sum(row['collapsed'] for row in rows)} of {len(rows)}" for title, rows in search.items()
+    ]
+    budget = next(iter(search.values()))[0]["budget"]
+    text = f"Of random settings on {printed(dataset)}, {budget:g} PFLOP each, collapsed: {', '.join(counts)}"
+    collapsed = {title: {row["seed"]: row["collapsed"] for row in rows} for title, rows in search.items()}
+    hybrids = [title for title in search if title.startswith("Hybrid") and "DINO" in search]
+    both = {title: collapsed[title].keys() & collapsed["DINO"].keys() for title in hybrids}
+    ps = holm([sign_flip_p([collapsed[t][n] - collapsed["DINO"][n] for n in both[t]]) for t in hybrids])
+    words = [f"{title} - DINO p = {p:.3f}" for title, p in zip(hybrids, ps, strict=True)]
+    return text + (f" ({', '.join(words)}; paired by trial)." if words else ".")
 
 
 def difference(first, second, values, p):
