@@ -12,6 +12,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only wait for each other
+
 import torch
 
 ROOT = Path(__file__).parents[1]

@@ -230,7 +230,7 @@ def test_a_gpu_is_never_waited_for(train, monkeypatch, device):
     update = run_module.Run.update
 
     def watched(self):
-        torch.cuda.set_sync_debug_mode("error" if self.bar.n < 2 else "default")
+        torch.cuda.set_sync_debug_mode("error" if self.done < 2 else "default")
         return update(self)
 
     monkeypatch.setattr(run_module.Run, "update", watched)

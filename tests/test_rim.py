@@ -4,6 +4,7 @@ of the keyboard.
 
 import contextlib
 import faulthandler
+import functools
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from conftest import ROOT, tiny
 from twins import keys, monitor, pictures, processes
@@ -134,20 +136,27 @@ def network(start_run):
     return start
 
 
+@pytest.mark.parametrize("disable", [False, True])  # TQDM_DISABLE
 @pytest.mark.parametrize(
     "seconds, steps, hours, after",
     [(40, 1001, 11.1, 1), (1, 9006, 2.5, 6), (1, 3000, None, None), (40, 51, None, None)],
 )
-def test_a_run_of_hours_says_so_after_five_seconds(network, monkeypatch, seconds, steps, hours, after):
+def test_a_run_of_hours_says_so_after_five_seconds(
+    network, monkeypatch, capsys, seconds, steps, hours, after, disable
+):
     """seconds: of a step; after: this many steps."""
     now, heard = [1000.0], {}
     monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, disable=disable))
     r = network(steps=steps, preset="")
-    monkeypatch.setattr(r.bar, "write", lambda text: heard.update({r.bar.n: text}))
+    monkeypatch.setattr(r.bar, "write", lambda text: heard.update({r.done: text}))
     for step in r.loop():
         now[0] += seconds
         if step == 9:
-            break
+            r.on_signal(signal.SIGTERM, None)
+    with pytest.raises(SystemExit):
+        r.finish()
+    assert "stopped at step 10 and saved" in capsys.readouterr().out
     said = f"this run will take about {hours} hours on this CPU; --preset=small is quicker"
     assert heard == ({after: said} if hours else {})
 
@@ -160,7 +169,7 @@ def fail(r, how):
     if how == "loss":
         r.check(4, 0.25, ce=torch.ones(()), cc=torch.tensor(float("nan")), loss=torch.tensor(float("nan")))
     r.check(4, 0.25, loss=torch.ones(()))
-    r.bar.n = 4
+    r.done = 4
     weight.grad = torch.ones_like(weight)
     if how == "gradient":
         weight.grad[0, 1] = float("inf")

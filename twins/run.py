@@ -71,7 +71,11 @@ class Run:
         interval = 0.5 if sys.stderr.isatty() else 15
         self.bar = tqdm(total=self.steps, initial=self.start, unit="step", mininterval=interval)
         held.callback(self.bar.close)
-        self.shown, self.clock_step = {}, self.start
+        self.shown, self.clock_step, self.done = (
+            {},
+            self.start,
+            self.start,
+        )  # TQDM_DISABLE stops a bar's count
         self.began = self.clock = time.time()
         self.signals = dist.new_group(backend="gloo") if world() > 1 else None  # no step waits for it
         self.handlers = {}
@@ -118,8 +122,9 @@ class Run:
 
     def update(self):
         """Moves the bar; a signal that one process received stops all of them after the same step."""
-        if self.device.type == "cpu" and self.clock_step <= self.bar.n:  # row() has not; a GPU would wait
+        if self.device.type == "cpu" and self.clock_step <= self.done:  # row() has not; a GPU would wait
             self.check_weights()
+        self.done += 1
         self.bar.update()
         self.estimate()
         if world() > 1:
@@ -134,7 +139,7 @@ class Run:
         elapsed, compiles = time.time() - self.began, self.config["compile"]  # then the first step is long
         if elapsed > 5 and self.device.type == "cpu" and not (compiles or "estimate" in self.said or rank()):
             self.said.add("estimate")
-            hours = elapsed / (self.bar.n - self.start) * (self.steps - self.bar.n) / 3600
+            hours = elapsed / (self.done - self.start) * (self.steps - self.done) / 3600
             if hours > 1:
                 quicker = "; --preset=small is quicker" if self.config.get("preset") == "" else ""
                 self.bar.write(f"this run will take about {hours:.1f} hours on this CPU{quicker}")
@@ -160,7 +165,7 @@ class Run:
     def check_weights(self):
         """Raises UserError, naming the tensor, for weights or gradients that are not finite."""
         if bad := not_finite(self.modules):
-            self.diverge(f"the norm of {bad} is not finite", self.bar.n)
+            self.diverge(f"the norm of {bad} is not finite", self.done)
 
     def row(self, step, **values):
         """Starts a log row: the values as numbers, images/s since the last row, a GPU's peak memory."""
@@ -282,7 +287,7 @@ class Run:
 
     def finish(self):
         """Closes the bar, prints the results or how to resume; exits after a signal. UserError if unsaved."""
-        step = self.bar.n
+        step = self.done
         Run.held.close()
         if self.unsaved:
             raise UserError(f"the run ended at step {step} but its last save failed: {self.unsaved}")
