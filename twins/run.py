@@ -71,12 +71,8 @@ class Run:
         interval = 0.5 if sys.stderr.isatty() else 15
         self.bar = tqdm(total=self.steps, initial=self.start, unit="step", mininterval=interval)
         held.callback(self.bar.close)
-        self.shown, self.clock_step, self.done = (
-            {},
-            self.start,
-            self.start,
-        )  # TQDM_DISABLE stops a bar's count
-        self.began = self.clock = time.time()
+        self.shown, self.began = {}, time.time()
+        self.clock, self.clock_step, self.done = self.began, self.start, self.start
         self.signals = dist.new_group(backend="gloo") if world() > 1 else None  # no step waits for it
         self.handlers = {}
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
