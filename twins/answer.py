@@ -92,20 +92,29 @@ def compare_models(models, dataset):
 
 
 def compare_collapse(search, dataset):
-    """How many random settings of each script collapsed, and exact p values, paired by trial."""
+    """How many random settings of each script failed, by either sign, and exact p values, paired by trial."""
     if not search:
         return "Not answered yet: there is no search."
-    counts = [
-        f"{title} {sum(row['collapsed'] for row in rows)} of {len(rows)}" for title, rows in search.items()
-    ]
+    either = {title: {row["seed"]: row["collapsed"] for row in rows} for title, rows in search.items()}
+    flat = {
+        t: {row["seed"]: row["rank"] < row["rank_init"] / 4 for row in rows} for t, rows in search.items()
+    }
     budget = next(iter(search.values()))[0]["budget"]
-    text = f"Of random settings on {printed(dataset)}, {budget:g} PFLOP each, collapsed: {', '.join(counts)}"
-    collapsed = {title: {row["seed"]: row["collapsed"] for row in rows} for title, rows in search.items()}
-    hybrids = [title for title in search if title.startswith("Hybrid") and "DINO" in search]
-    both = {title: collapsed[title].keys() & collapsed["DINO"].keys() for title in hybrids}
-    ps = holm([sign_flip_p([collapsed[t][n] - collapsed["DINO"][n] for n in both[t]]) for t in hybrids])
-    words = [f"{title} - DINO p = {p:.3f}" for title, p in zip(hybrids, ps, strict=True)]
-    return text + (f" ({', '.join(words)}; paired by trial)." if words else ".")
+    text = f"Of random settings on {printed(dataset)}, {budget:g} PFLOP each, RankMe fell below a quarter in "
+    text += f"{count(flat)}. Counting those with k-NN below the untrained network's too, which may just have "
+    return f"{text}learned nothing in the time: {count(either)}. Pairs are of equal trials."
+
+
+def count(signs):
+    """'DINO 5 of 16, ...' of {title: {trial: whether it failed}}, and Holm's p of hybrid against DINO."""
+    counts = [f"{title} {sum(found.values())} of {len(found)}" for title, found in signs.items()]
+    hybrids = [title for title in signs if title.startswith("Hybrid") and "DINO" in signs]
+    pairs = [
+        [signs[h][n] - signs["DINO"][n] for n in signs[h].keys() & signs["DINO"].keys()] for h in hybrids
+    ]
+    ps = holm([sign_flip_p(differences) for differences in pairs])
+    words = [f"{hybrid} - DINO p = {p:.3f}" for hybrid, p in zip(hybrids, ps, strict=True)]
+    return ", ".join(counts) + (f" ({', '.join(words)})" if words else "")
 
 
 def difference(first, second, values, p):
