@@ -45,7 +45,7 @@ def answer(results, dataset, titles):
         textwrap.fill(can_go, 105),
         textwrap.fill(f"**Is training more stable?** {compare_collapse(studies['search'], dataset)}", 105),
         overview(studies),
-        f"![{caption}](results/{study}-{dataset}/{figure})",
+        f'<img src="results/{study}-{dataset}/{figure}" alt="{caption}" width="420">',
         f"All rows and tables: {', '.join(links)}; [other results](results/README.md).",
     ]
     return "\n\n".join(parts) + "\n"
@@ -92,29 +92,31 @@ def compare_models(models, dataset):
 
 
 def compare_collapse(search, dataset):
-    """How many random settings of each script failed, by either sign, and exact p values, paired by trial."""
-    if not search:
+    """Whether fewer random settings of a hybrid fail than of DINO, by either sign: p values."""
+    if not search or "DINO" not in search:
         return "Not answered yet: there is no search."
-    either = {title: {row["seed"]: row["collapsed"] for row in rows} for title, rows in search.items()}
-    flat = {
-        t: {row["seed"]: row["rank"] < row["rank_init"] / 4 for row in rows} for t, rows in search.items()
-    }
-    budget = next(iter(search.values()))[0]["budget"]
-    text = f"Of random settings on {printed(dataset)}, {budget:g} PFLOP each, RankMe fell below a quarter in "
-    text += f"{count(flat)}. Counting those with k-NN below the untrained network's too, which may just have "
-    return f"{text}learned nothing in the time: {count(either)}. Pairs are of equal trials."
+    budget = search["DINO"][0]["budget"]
+    flat, collapsed = failure_ps(search, is_flat), failure_ps(search, lambda row: row["collapsed"])
+    return (
+        f"Random settings on {printed(dataset)}, {budget:g} PFLOP each, failures against DINO's (exact p, "
+        f"paired by trial). RankMe below a quarter: {flat}. That, or k-NN below the untrained network's, "
+        f"which may just be slow learning: {collapsed}. The table has the counts."
+    )
 
 
-def count(signs):
-    """'DINO 5 of 16, ...' of {title: {trial: whether it failed}}, and Holm's p of hybrid against DINO."""
-    counts = [f"{title} {sum(found.values())} of {len(found)}" for title, found in signs.items()]
-    hybrids = [title for title in signs if title.startswith("Hybrid") and "DINO" in signs]
+def is_flat(row):
+    return row["rank"] < row["rank_init"] / 4
+
+
+def failure_ps(search, failed):
+    """'Hybrid A p = 0.008, ...': Holm's p of each hybrid against DINO in how many trials failed."""
+    signs = {title: {row["seed"]: failed(row) for row in rows} for title, rows in search.items()}
+    hybrids = [title for title in signs if title.startswith("Hybrid")]
     pairs = [
         [signs[h][n] - signs["DINO"][n] for n in signs[h].keys() & signs["DINO"].keys()] for h in hybrids
     ]
     ps = holm([sign_flip_p(differences) for differences in pairs])
-    words = [f"{hybrid} - DINO p = {p:.3f}" for hybrid, p in zip(hybrids, ps, strict=True)]
-    return ", ".join(counts) + (f" ({', '.join(words)})" if words else "")
+    return ", ".join(f"{hybrid} p = {p:.3f}" for hybrid, p in zip(hybrids, ps, strict=True))
 
 
 def difference(first, second, values, p):
@@ -147,12 +149,17 @@ def overview(studies):
     for title in search | models:
         trials, runs = search.get(title, []), models.get(title, [])
         sound = [100 * row["knn"] for row in trials if not row["collapsed"]]
-        line = [title, collapsed_share(trials) if trials else "", f"{max(sound):.1f}" if sound else ""]
+        line = (
+            [title, f"{sum(map(is_flat, trials))} of {len(trials)}", collapsed_share(trials)]
+            if trials
+            else [title, "", ""]
+        )
+        line.append(f"{max(sound):.1f}" if sound else "")
         if models:
             line += [len(runs), collapsed_share(runs) if runs else ""]
             line += [
                 percent([measures(row)[name] for row in runs if name in measures(row)]) for name in names
             ]
         lines.append(line)
-    columns = ["method", "trials that collapsed (95 %)", f"best {METRIC}, %"]
+    columns = ["method", "trials: RankMe fell", "or k-NN fell (95 %)", f"best {METRIC}, %"]
     return table(columns + (["fresh seeds", "collapsed", *names] if models else []), lines)
