@@ -250,6 +250,9 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     trials = [row("dino", "trial", n, 0.3, collapsed=True) for n in range(seeds)]
     trials += [row("hybrid_a", "trial", n, 0.3, collapsed=n == 0) for n in range(seeds + 1)]
     write_rows(tmp_path / "search-cifar10", trials)
+    write_rows(tmp_path / "models-cifar10", [r for r in rows if r["script"] != "hybrid_a"])
+    assert "have not been trained on fresh seeds" in " ".join(answer(tmp_path, "cifar10", TITLES).split())
+    write_rows(tmp_path / "models-cifar10", rows)
     write_rows(tmp_path / "removal-cifar10", removed)
     readme = tmp_path / "README.md"
     readme.write_text("above\n<!-- answer cifar10 -->\nold\n<!-- end answer -->\nbelow\n")
