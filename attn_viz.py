@@ -118,12 +118,13 @@ def choose_images(dataset, data_dir, size, n, seed, skip_bad_images):
 
 def panel(backbone, maps, pixels, device, autocast):
     """What attention.png shows of one run for the first `rows` images: see attention_picture()."""
+    columns = {}
     if blocks == "all":
-        each = range(len(backbone.blocks))
-        means = [attend(backbone, pixels[:rows], device, autocast, i)[0].mean(1) for i in each]
-        return {f"block {i + 1}": mean for i, mean in enumerate(means)}
+        for i in range(len(backbone.blocks)):
+            columns[f"block {i + 1}"] = attend(backbone, pixels[:rows], device, autocast, i)[0].mean(1)
+        return columns
     first = maps[:rows]
-    columns = {"mean of heads": first.mean(1)}
+    columns["mean of heads"] = first.mean(1)
     for i in range(first.shape[1]):
         columns[f"head {i + 1}"] = first[:, i]
     if not near_uniform(maps.mean(1)):

@@ -9,7 +9,19 @@ from twins.errors import UserError
 from twins.files import write_file
 from twins.pictures import printed
 from twins.statistics import bootstrap_interval, holm, sign_flip_p, verdict
-from twins.studies import collapsed_share, measures, paired, percent, read_rows, table
+from twins.studies import (
+    best_trial,
+    collapsed_share,
+    group_rows,
+    measures,
+    pair_with_full,
+    paired,
+    points,
+    rank_fell,
+    read_rows,
+    spreads,
+    table,
+)
 from twins.study_pictures import METRIC
 
 BLOCK = re.compile(r"<!-- answer (\S+) -->\n(.*?)<!-- end answer -->", re.DOTALL)
@@ -32,32 +44,26 @@ def write_answer(readme, results, titles):
 
 def answer(results, dataset, titles):
     """The two questions, their answers, a table and a figure: Markdown."""
-    studies = {study: read_groups(results / f"{study}-{dataset}", titles) for study in STUDIES}
+    studies = {study: group_rows(read_rows(results / f"{study}-{dataset}"), titles) for study in STUDIES}
     if studies["search"].keys() - studies["models"].keys():
         studies["models"] = {}  # some methods alone are no comparison
-    study, figure = ("models", "cost.png") if studies["models"] else ("search", "expected-best.png")
-    caption = (
-        f"{'k-NN against PFLOP' if studies['models'] else 'Expected best of n trials'}, {printed(dataset)}"
-    )
+    if studies["models"]:
+        picture, caption = f"models-{dataset}/cost.png", "k-NN against PFLOP"
+    else:
+        picture, caption = f"search-{dataset}/expected-best.png", "Expected best of n trials"
+    questions = {
+        "Does CC beside CE give better features?": compare_models(studies["models"], dataset),
+        "Which of DINO's mechanisms can then go?": list_removals(studies["removal"]),
+        "Is training more stable?": compare_collapse(studies["search"], dataset),
+    }
     links = [f"[{name}](results/{name}-{dataset}/README.md)" for name in STUDIES if studies[name]]
-    better = f"**Does CC beside CE give better features?** {compare_models(studies['models'], dataset)}"
-    can_go = f"**Which of DINO's mechanisms can then go?** {list_removals(studies['removal'])}"
     parts = [
-        textwrap.fill(better, 105),
-        textwrap.fill(can_go, 105),
-        textwrap.fill(f"**Is training more stable?** {compare_collapse(studies['search'], dataset)}", 105),
+        *(textwrap.fill(f"**{question}** {text}", 105) for question, text in questions.items()),
         overview(studies),
-        f'<img src="results/{study}-{dataset}/{figure}" alt="{caption}" width="420">',
+        f'<img src="results/{picture}" alt="{caption}, {printed(dataset)}" width="420">',
         f"All rows and tables: {', '.join(links)}; [other results](results/README.md).",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def read_groups(folder, titles):
-    """{name in print: rows of a study}, of the scripts that have any."""
-    rows = read_rows(folder)
-    groups = {title: [row for row in rows if row["script"] == script] for script, title in titles.items()}
-    return {title: found for title, found in groups.items() if found}
 
 
 def main_measure(models):
@@ -98,16 +104,12 @@ def compare_collapse(search, dataset):
     if not search or "DINO" not in search:
         return "Not answered yet: there is no search."
     budget = search["DINO"][0]["budget"]
-    flat, collapsed = failure_ps(search, is_flat), failure_ps(search, lambda row: row["collapsed"])
+    flat, collapsed = failure_ps(search, rank_fell), failure_ps(search, lambda row: row["collapsed"])
     return (
         f"Random settings on {printed(dataset)}, {budget:g} PFLOP each, failures against DINO's (exact p, "
         f"paired by trial). RankMe below a quarter: {flat}. That, or k-NN below the untrained network's, "
         f"which may just be slow learning: {collapsed}. The table has the counts."
     )
-
-
-def is_flat(row):
-    return row["rank"] < row["rank_init"] / 4
 
 
 def failure_ps(search, failed):
@@ -122,24 +124,22 @@ def failure_ps(search, failed):
 
 
 def difference(first, second, values, p):
-    low, high = bootstrap_interval(values)
-    points = f"{100 * np.mean(values):+.1f} points (95 % interval {100 * low:+.1f} to {100 * high:+.1f}, "
-    return f"{first} - {second} {points}p = {p:.2f})"
+    mean, interval = points(values)
+    return f"{first} - {second} {mean} points (95 % interval {interval}, p = {p:.2f})"
 
 
 def list_removals(removals):
     """What each script can do without, by the rule of the study."""
     sentences = []
     for title, rows in removals.items():
-        full = [row for row in rows if row["label"] == "full"]
+        runs, differences = pair_with_full(rows)
         sorted_out = {"can go": [], "cannot go": [], "unclear": []}
-        for label in dict.fromkeys(row["label"] for row in rows):
-            differences = paired([row for row in rows if row["label"] == label], full, METRIC)
-            if label.endswith(" off") and differences:
-                sorted_out[verdict(bootstrap_interval(differences))].append(label.removesuffix(" off"))
+        for label, found in differences.items():
+            if label.endswith(" off"):
+                sorted_out[verdict(bootstrap_interval(found))].append(label.removesuffix(" off"))
         lists = [f"{word}: {', '.join(names)}" for word, names in sorted_out.items() if names]
         if lists:
-            sentences.append(f"{title} ({len(full)} seeds): {'; '.join(lists)}.")
+            sentences.append(f"{title} ({len(runs['full'])} seeds): {'; '.join(lists)}.")
     return " ".join(sentences) or "Not answered yet: no removal has been run."
 
 
@@ -150,18 +150,12 @@ def overview(studies):
     lines = []
     for title in search | models:
         trials, runs = search.get(title, []), models.get(title, [])
-        sound = [100 * row["knn"] for row in trials if not row["collapsed"]]
-        line = (
-            [title, f"{sum(map(is_flat, trials))} of {len(trials)}", collapsed_share(trials)]
-            if trials
-            else [title, "", ""]
-        )
-        line.append(f"{max(sound):.1f}" if sound else "")
+        best, line = best_trial(trials), [title, "", ""]
+        if trials:
+            line = [title, f"{sum(map(rank_fell, trials))} of {len(trials)}", collapsed_share(trials)]
+        line.append(f"{100 * best['knn']:.1f}" if best else "")
         if models:
-            line += [len(runs), collapsed_share(runs) if runs else ""]
-            line += [
-                percent([measures(row)[name] for row in runs if name in measures(row)]) for name in names
-            ]
+            line += [len(runs), collapsed_share(runs) if runs else "", *spreads(runs, names)]
         lines.append(line)
     columns = ["method", "trials: RankMe fell", "or k-NN fell (95 %)", f"best {METRIC}, %"]
     return table(columns + (["fresh seeds", "collapsed", *names] if models else []), lines)

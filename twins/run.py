@@ -71,8 +71,7 @@ class Run:
         interval = 0.5 if sys.stderr.isatty() else 15
         self.bar = tqdm(total=self.steps, initial=self.start, unit="step", mininterval=interval)
         held.callback(self.bar.close)
-        self.shown, self.began = {}, time.time()
-        self.clock, self.clock_step, self.done = self.began, self.start, self.start
+        self.shown, self.clock, self.clock_step, self.done = {}, time.time(), self.start, self.start
         self.signals = dist.new_group(backend="gloo") if world() > 1 else None  # no step waits for it
         self.handlers = {}
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
@@ -105,14 +104,14 @@ class Run:
         """Yields the steps to do, each with its own random numbers; saves; a signal ends it after a step."""
         if self.config["compile"]:
             self.compile()
-        self.began = time.time()
+        began = time.time()
         for step in range(self.start, self.steps):
             seed_step(self.config["seed"], step)
             yield step
             self.update()
-            done = step + 1
-            if done % self.config["save_every"] == 0 or done == self.steps or self.stop:
-                self.save(done)
+            self.estimate(time.time() - began)
+            if self.done % self.config["save_every"] == 0 or self.done == self.steps or self.stop:
+                self.save(self.done)
             if self.stop:
                 return
 
@@ -122,7 +121,6 @@ class Run:
             self.check_weights()
         self.done += 1
         self.bar.update()
-        self.estimate()
         if world() > 1:
             if os.getppid() != self.parent:  # torchrun was killed
                 self.received = signal.SIGTERM
@@ -130,9 +128,9 @@ class Run:
             dist.all_reduce(stop, dist.ReduceOp.MAX, self.signals)
             self.stop = stop.item()
 
-    def estimate(self):
+    def estimate(self, elapsed):
         """On a CPU, says after the first five seconds how long the run will take, if more than an hour."""
-        elapsed, compiles = time.time() - self.began, self.config["compile"]  # then the first step is long
+        compiles = self.config["compile"]  # then the first step is long
         if elapsed > 5 and self.device.type == "cpu" and not (compiles or "estimate" in self.said or rank()):
             self.said.add("estimate")
             hours = elapsed / (self.done - self.start) * (self.steps - self.done) / 3600

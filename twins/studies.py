@@ -70,20 +70,27 @@ def run_results(folder, flop, diverged):
     row.update(device=config["device_name"], torch=config["versions"]["torch"])
     row.update(steps=steps, pflop=steps * flop / 1e15, seconds=log[-1].get("seconds", 0.0))
     row.update(knn=last["knn"], knn_init=first["knn"], rank=last["rank"], rank_init=first["rank"])
-    row["collapsed"] = diverged or last["rank"] < first["rank"] / 4 or last["knn"] < first["knn"]
+    row["collapsed"] = diverged or rank_fell(row) or last["knn"] < first["knn"]
     row["curve"] = [[evaluation["step"] * flop / 1e15, evaluation["knn"]] for evaluation in evaluations]
     return row
 
 
-def best_setting(rows, script):
-    """The setting of a script's trial with the highest k-NN accuracy among those without collapse.
+def rank_fell(row):
+    """Whether a run's RankMe ended below a quarter of the untrained network's."""
+    return row["rank"] < row["rank_init"] / 4
 
-    Raises UserError if there is none.
-    """
-    sound = [row for row in rows if row["script"] == script and not row["collapsed"]]
-    if not sound:
+
+def best_trial(rows):
+    """The trial with the highest k-NN accuracy among those without collapse, None if there is none."""
+    return max((row for row in rows if not row["collapsed"]), key=lambda row: row["knn"], default=None)
+
+
+def best_setting(rows, script):
+    """The setting of a script's best_trial(). Raises UserError if there is none."""
+    best = best_trial([row for row in rows if row["script"] == script])
+    if best is None:
         raise UserError(f"the search has no trial of {script} without collapse: leave it out of --scripts")
-    return max(sound, key=lambda row: row["knn"])["setting"]
+    return best["setting"]
 
 
 def write_report(folder, study, titles):
@@ -96,13 +103,15 @@ def write_report(folder, study, titles):
     print(f"wrote {folder}/README.md", flush=True)
 
 
+def group_rows(rows, titles):
+    """{name in print: its rows}, of the scripts in titles {script: name in print} that have any."""
+    groups = {title: [row for row in rows if row["script"] == script] for script, title in titles.items()}
+    return {title: group for title, group in groups.items() if group}
+
+
 def report_study(rows, study, titles):
     """{file name: content} of the README.md and figures of a study's rows."""
-    groups = {}
-    for script, title in titles.items():
-        group = [row for row in rows if row["script"] == script]
-        if group:
-            groups[title] = group
+    groups = group_rows(rows, titles)
     reports = {"search": report_search, "models": report_models, "removal": report_removal}
     tables, figures = reports[study](groups)
     text = [f"# {study.capitalize()}: {len(rows)} runs", PROTOCOL[study], provenance(rows)]
@@ -143,6 +152,12 @@ def percent(values):
     return f"{100 * np.mean(values):.1f}{spread}"
 
 
+def points(differences):
+    """Mean and 95 % interval of differences of shares, in points: ('+1.0', '+0.5 to +1.5')."""
+    low, high = bootstrap_interval(differences)
+    return f"{100 * np.mean(differences):+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"
+
+
 def collapsed_share(rows):
     count = sum(row["collapsed"] for row in rows)
     low, high = wilson_interval(count, len(rows))
@@ -157,8 +172,8 @@ def report_search(groups):
         sound, k = [row for row in rows if not row["collapsed"]], len(values)
         shown = [f"{100 * curves[title][n - 1]:.1f}" if n <= k else "" for n in (1, 4, 8, 16)]
         top = f"{100 * max(values):.1f}" if sound else "all collapsed"
-        spreads = [percent([row[name] for row in rows]) for name in ("knn_init", "knn")]
-        lines.append([title, k, collapsed_share(rows), *spreads, *shown, top])
+        accuracies = [percent([row[name] for row in rows]) for name in ("knn_init", "knn")]
+        lines.append([title, k, collapsed_share(rows), *accuracies, *shown, top])
         if sound:
             best = best_setting(rows, rows[0]["script"])
             settings.append(f"- {title}: `{' '.join(f'--{name}={value}' for name, value in best.items())}`")
@@ -174,6 +189,11 @@ def measures(row):
     return {METRIC: row["knn"], **tests}
 
 
+def spreads(rows, names):
+    """percent() of each measure, over the rows that have it."""
+    return [percent([measures(row)[name] for row in rows if name in measures(row)]) for name in names]
+
+
 def report_models(groups):
     names = list(dict.fromkeys(name for rows in groups.values() for row in rows for name in measures(row)))
     lines = []
@@ -182,8 +202,7 @@ def report_models(groups):
         mean = {name: np.mean([row[name] for row in rows]) for name in columns}
         cost = [f"{mean['pflop']:.3g}", rows[0]["steps"], rows[0]["views"], f"{mean['seconds'] / 60:.1f}"]
         ranks = f"{mean['rank']:.1f} ({mean['rank_init']:.1f})"
-        values = [percent([measures(row)[name] for row in rows if name in measures(row)]) for name in names]
-        lines.append([title, len(rows), *cost, collapsed_share(rows), ranks, *values])
+        lines.append([title, len(rows), *cost, collapsed_share(rows), ranks, *spreads(rows, names)])
     columns = ["method", "seeds", "PFLOP", "steps", "views", "minutes"]
     columns += ["collapsed (95 %)", "RankMe (untrained)"]
     tables, panels = [table([*columns, *names], lines)], {}
@@ -201,13 +220,18 @@ def report_models(groups):
     return tables, figures
 
 
+def pair_with_full(rows):
+    """{label: rows} of a script's removals, "full" first, and {label: differences} of those with pairs."""
+    labels = dict.fromkeys(row["label"] for row in rows if row["label"] != "full")
+    runs = {label: [row for row in rows if row["label"] == label] for label in ("full", *labels)}
+    differences = {label: paired(runs[label], runs["full"], METRIC) for label in labels}
+    return runs, {label: found for label, found in differences.items() if found}
+
+
 def report_removal(groups):
     tables, panels = [], {}
     for title, rows in groups.items():
-        labels = dict.fromkeys(row["label"] for row in rows if row["label"] != "full")
-        runs = {label: [row for row in rows if row["label"] == label] for label in ("full", *labels)}
-        panels[title] = {label: paired(runs[label], runs["full"], METRIC) for label in labels}
-        panels[title] = {label: found for label, found in panels[title].items() if found}
+        runs, panels[title] = pair_with_full(rows)
         tables.append(f"{title}: in full {percent([row['knn'] for row in runs['full']])} {METRIC}.")
         tables.append(differences_table(title, panels[title], runs))
     panels = {title: panel for title, panel in panels.items() if panel}
@@ -227,9 +251,9 @@ def differences_table(name, panel, runs=None):
         return ""
     ps, lines = [sign_flip_p(found) for found in panel.values()], []
     for (label, found), p, corrected in zip(panel.items(), ps, holm(ps), strict=True):
-        low, high = bootstrap_interval(found)
-        line = [label, len(found), f"{100 * np.mean(found):+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"]
-        line += [f"{p:.3f}", f"{corrected:.3f}"]
-        lines.append(line + ([collapsed_share(runs[label]), verdict((low, high))] if runs else []))
+        line = [label, len(found), *points(found), f"{p:.3f}", f"{corrected:.3f}"]
+        lines.append(
+            line + ([collapsed_share(runs[label]), verdict(bootstrap_interval(found))] if runs else [])
+        )
     columns = [name, "pairs", "points", "95 % interval", "p", "p (Holm)"]
     return table(columns + (["collapsed (95 %)", "verdict"] if runs else []), lines)
