@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-FEW_TOKENS = {
-    torch.bfloat16: 300
-}  # up to here two matrix products are faster on a CPU than its fused kernel; else 32
+# Up to this many tokens, two matrix products are faster on a CPU than its fused attention kernel.
+FEW_TOKENS = {torch.bfloat16: 300, torch.float32: 32, torch.float64: 32}
 
 
 def check_size(size, patch_size):
@@ -52,7 +51,7 @@ class Attention(nn.Module):
 
     def forward(self, x, queries=None):
         q, k, v = self.project(x, queries)
-        if x.device.type == "cpu" and x.shape[1] <= FEW_TOKENS.get(q.dtype, 32):
+        if x.device.type == "cpu" and x.shape[1] <= FEW_TOKENS.get(q.dtype, 0):
             out = attention_weights(q, k).to(v.dtype) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v)
@@ -129,18 +128,13 @@ class ViT(nn.Module):
         if not 1 <= depth <= 1000:
             raise ValueError(f"depth={depth} must be from 1 to 1000")
         check_size(image_size, patch_size)
-        self.patch_size, self.dim, self.drop_path, self.num_prefix_tokens = (
-            patch_size,
-            dim,
-            drop_path,
-            1 + registers,
-        )
+        self.patch_size, self.dim, self.drop_path = patch_size, dim, drop_path
+        self.num_prefix_tokens = 1 + registers
+        n_tokens = self.num_prefix_tokens + (image_size // patch_size) ** 2
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, self.num_prefix_tokens + (image_size // patch_size) ** 2, dim)
-        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, n_tokens, dim))
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -151,22 +145,15 @@ class ViT(nn.Module):
 
     def timm_args(self):
         """What timm's VisionTransformer(**timm_args) needs to build the same network."""
-        args = {
-            "img_size": self.args["image_size"],
-            "patch_size": self.patch_size,
-            "embed_dim": self.dim,
-            "num_classes": 0,
-        }
-        args.update(depth=len(self.blocks), num_heads=self.args["heads"])
+        args = {"img_size": self.args["image_size"], "patch_size": self.patch_size, "num_classes": 0}
+        args.update(embed_dim=self.dim, depth=len(self.blocks), num_heads=self.args["heads"])
         if self.args["registers"]:
             args.update(reg_tokens=self.args["registers"])
         return args
 
     def positions(self, y, x):
         """Position embeddings of [CLS], registers and a grid of y x x patches: [1 n d]."""
-        prefix, grid = self.pos_embed.split(
-            [self.num_prefix_tokens, self.pos_embed.shape[1] - self.num_prefix_tokens], 1
-        )
+        prefix, grid = self.pos_embed.tensor_split([self.num_prefix_tokens], dim=1)
         side = int(grid.shape[1] ** 0.5)
         if (y, x) == (side, side):
             return self.pos_embed
@@ -180,28 +167,20 @@ class ViT(nn.Module):
         for side in images.shape[-2:]:
             check_size(side, self.patch_size)
         y, x = (side // self.patch_size for side in images.shape[-2:])
-        prefix = (
-            self.cls_token if self.reg_token is None else torch.cat([self.cls_token, self.reg_token], dim=1)
-        )
-        prefix = repeat(prefix, "1 n d -> b n d", b=len(images))
-        return torch.cat([prefix, self.patch_embed(images)], dim=1) + self.positions(y, x)
+        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = [repeat(token, "1 n d -> b n d", b=len(images)) for token in prefix]
+        return torch.cat([*prefix, self.patch_embed(images)], dim=1) + self.positions(y, x)
 
     def forward(self, images, noise=None):
         """Images [b 3 H W] -> [CLS] features of the last block [b d].
 
-        noise: uniform random numbers [2*depth b] for drop path in training; None: the network draws them
-        itself.
+        noise: uniform random numbers [2*depth b] for drop path in training; None: it draws them itself.
         """
-        x = self.tokens(images)
+        x, pairs = self.tokens(images), [None] * len(self.blocks)
         if self.training and self.drop_path:
-            noise = (
-                torch.rand(2 * len(self.blocks), len(images), device=images.device)
-                if noise is None
-                else noise
-            )
+            if noise is None:
+                noise = torch.rand(2 * len(self.blocks), len(images), device=images.device)
             pairs = list(rearrange(noise, "(depth two) b -> depth two b", two=2))
-        else:
-            pairs = [None] * len(self.blocks)
         for block, pair in zip(self.blocks[:-1], pairs[:-1], strict=True):
             x = block(x, pair)
         x = self.blocks[-1](x, pairs[-1], queries=1)  # of the last block only [CLS] is used

@@ -94,7 +94,7 @@ def setup(device, dtype, seed):
         atexit.register(leave_group)
     if device.type == "cpu" and sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc: keep freed memory, a step takes a fifth less time
+        if hasattr(libc, "mallopt"):  # glibc: keep freed memory, a step takes up to a fifth less time
             libc.mallopt(-4, 0)  # M_MMAP_MAX
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
