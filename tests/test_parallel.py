@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,9 @@ AHEAD_OF_BATCHNORM = (
     "head.mlp.0.bias",
     "head.mlp.3.bias",
 )  # with head_bn: their gradient is nothing but rounding
+
+
+TORCHRUN = f'exec {sys.executable} -m torch.distributed.run "$@"'
 
 
 def words_of(script, folder=ROOT, **keys):
@@ -234,6 +238,27 @@ def test_the_evaluation_command_gives_one_answer(tmp_path):
     assert answers[0][0] == answers[1][0] and answers[0][1][0]["distance_pixels"] == pytest.approx(
         answers[1][1][0]["distance_pixels"]
     )
+
+
+def test_the_slurm_job_resumes_when_it_is_queued_again(tmp_path):
+    """docs/slurm.sh, with what Slurm would give it: two processes on one node."""
+    stand_ins = {"srun": 'exec "$@"', "scontrol": "echo 127.0.0.1", "torchrun": TORCHRUN}
+    for name, command in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{command}\n")
+        (tmp_path / name).chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_PER_NODE": "2", "PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = []
+    for steps in (1, 2):
+        words = words_of("barlow.py", max_steps=steps)
+        job = ["bash", str(ROOT / "docs/slurm.sh"), words[0], f"--out_dir={tmp_path / 'a run'}", *words[1:]]
+        done = subprocess.run(job, capture_output=True, text=True, timeout=180, env=environment)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert "resumed" not in said[0] and "ckpt.pt at step 1" in said[1]
+    assert read_checkpoint(tmp_path / "a run" / "ckpt.pt")["step"] == 2
 
 
 @pytest.mark.parametrize("fails", [False, True])
