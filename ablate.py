@@ -1,12 +1,14 @@
 """Studies: which settings learn, which method learns best, which mechanisms can go. Runs the real scripts.
 
     python ablate.py --study=search --dataset=cifar10 --trials=16   random settings, the same number for all
+    python ablate.py --study=search --search_dir=... --trials=2     its best settings again, and one by hand
     python ablate.py --study=models --dataset=cifar10 --seeds=6     the best of each on fresh seeds, test set
     python ablate.py --study=removal --dataset=cifar10 --seeds=6    each mechanism off alone, and all of them
     python ablate.py --study=... --dry_run=True                     what it would run, and how long that takes
     python ablate.py --study=... --report=True                      tables, figures, README from the rows
 
-All runs of a study cost the same floating-point operations: steps = pflop / those of a step, counted.
+All runs of a study cost the same floating-point operations: steps = pflop / those of a step, counted. A
+search given another's --search_dir is its second round, with a larger --pflop (successive halving).
 Settings are chosen on held-out training images: the best is the one of highest k-NN accuracy among the trials
 that did not collapse. A run collapsed if its RankMe ends below a quarter of the untrained network's, its k-NN
 accuracy below the untrained network's, or its loss was not finite.
@@ -34,6 +36,7 @@ from twins.studies import (
     only_writer,
     read_rows,
     run_results,
+    sorted_trials,
     unfinished,
     write_report,
     write_rows,
@@ -45,10 +48,10 @@ dataset = "shapes"  # any data set of the training scripts, with labels
 data_dir = "data"  # where its files are
 masks_dir = ""  # of models: a folder of images and masks for seg_transfer.py; empty: with shapes alone
 preset = "small"  # of the scripts; for shapes they have one of that name
-trials = 16  # random settings of a search [1..]
+trials = 16  # settings of a search: random ones, or the best of --search_dir [1..]
 seeds = 6  # of every setting in models and removal [1..]
 pflop = 0.0  # floating-point operations of each run, 1e15; 0: what PFLOP says [0..]
-search_dir = ""  # the search whose best settings are used; empty: results/search-<dataset>
+search_dir = ""  # the search whose best settings are used; of models, removal, empty: search-<dataset>
 out_dir = ""  # rows, tables and figures; empty: results/<study>-<dataset>
 runs_dir = ""  # the runs and their checkpoints; empty: out/<name of out_dir>
 jobs = 0  # runs at once; 0: one per GPU, or one per CPU core [0..]
@@ -100,8 +103,16 @@ MECHANISMS = {  # {name: ({option: value without it}, {option: value with it})};
 }
 PFLOP = {"search": 0.016, "models": 0.2, "removal": 0.06}
 EVALUATIONS = {"search": 1, "models": 8, "removal": 2}  # besides that of the untrained network
+TEACHER = {"batch_size": 128, "base_lr": 2e-3, "ema": 0.97, "tau_t": 0.055, "warmup_epochs": 0.2}
+TEACHER.update(head_bn=True, norm_last_layer=False, freeze_last_layer_epochs=0.1)
+BY_HAND = {  # settings from before the search, one a method, that take part in its second round
+    "dino": {**TEACHER, "n_local": 4},
+    "barlow": {"batch_size": 128, "base_lr": 4e-3, "warmup_epochs": 0.2, "n_local": 0, "proj_dim": 1024},
+    "hybrid_a": {**TEACHER, "n_local": 4, "alpha": 20.0},
+    "hybrid_b": {**TEACHER, "n_local": 2, "alpha": 50.0, "head": "two", "proj_dim": 512},
+}
 MONITOR = {"knn_bank": 5000, "knn_queries": 5000}
-FRESH = 1000  # the first seed of models and removal; a search has those below
+SECOND, FRESH = 500, 1000  # seed of a second round; the first of models, removal. Searches: 0, 1, 2 ...
 
 
 def script_of(name):
@@ -111,14 +122,19 @@ def script_of(name):
 
 def make_cells():
     """The runs of the study in order, each {script, label, seed, setting, budget, id}."""
-    folder, cells = search_dir or f"results/search-{dataset}", []
-    searched = read_rows(folder) if study != "search" else []
-    if study != "search" and not searched:
+    folder, cells = search_dir or f"results/search-{dataset}" * (study != "search"), []
+    searched = read_rows(folder) if folder else []
+    if folder and not searched:
         print(f"no search in {folder}: the settings are those of the presets")
-    for seed in range(trials) if study == "search" else range(FRESH, FRESH + seeds):
+    first, n = (FRESH, seeds) if study != "search" else (SECOND, 1) if folder else (0, trials)
+    for seed in range(first, first + n):
         for script in scripts.split(","):
             options = script_of(script)[1]
-            if study == "search":
+            if study == "search" and folder:
+                best = sorted_trials(row for row in searched if row["script"] == script)[:trials]
+                settings = {f"trial {row['seed']}": row["setting"] for row in best}
+                settings["by hand"] = BY_HAND.get(script, {})
+            elif study == "search":
                 settings = {"trial": draw_setting(SPACE, space_seed, seed, options)}
             else:
                 settings = {"full": best_setting(searched, script) if searched else {}}

@@ -80,9 +80,14 @@ def rank_fell(row):
     return row["rank"] < row["rank_init"] / 4
 
 
+def sorted_trials(rows):
+    """The trials without collapse, that of the highest k-NN accuracy first."""
+    return sorted((row for row in rows if not row["collapsed"]), key=lambda row: -row["knn"])
+
+
 def best_trial(rows):
-    """The trial with the highest k-NN accuracy among those without collapse, None if there is none."""
-    return max((row for row in rows if not row["collapsed"]), key=lambda row: row["knn"], default=None)
+    """The first of sorted_trials(), None if there is none."""
+    return next(iter(sorted_trials(rows)), None)
 
 
 def best_setting(rows, script):
