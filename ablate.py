@@ -30,7 +30,8 @@ from twins.errors import ROOT, UserError
 from twins.files import read_json
 from twins.jobs import default_slots, last_line, run_jobs, start
 from twins.keys import holds_run, parse
-from twins.settings import draw_setting, read_script, removals
+from twins.reports import write_report
+from twins.settings import MECHANISMS, draw_setting, read_script, removals
 from twins.studies import (
     best_setting,
     only_writer,
@@ -38,7 +39,6 @@ from twins.studies import (
     run_results,
     sorted_trials,
     unfinished,
-    write_report,
     write_rows,
 )
 
@@ -83,26 +83,6 @@ SPACE = {  # of a search. A list: one of these; a pair: log-uniform between them
     "proj_dim": [256, 512, 1024],
     "cc_local": [False, True],
 }
-MECHANISMS = {  # {name: ({option: value without it}, {option: value with it})}; functions get all values
-    "centering": ({"centering": False}, {"centering": True}),
-    "sharpening": ({"tau_t": lambda now: now["tau_s"]}, {"tau_t": 0.04}),
-    "tau_t warm-up": (
-        {"tau_t_warmup_epochs": 0.0},
-        {"tau_t_warmup_epochs": 2.0, "tau_t_start": lambda now: now["tau_t"] / 2},
-    ),
-    "EMA": ({"ema": 0.0}, {"ema": 0.97}),
-    "EMA schedule": ({"ema_end": lambda now: now["ema"]}, {"ema_end": 1.0}),
-    "weight-normed last layer": ({"norm_last_layer": False}, {"norm_last_layer": True}),
-    "frozen last layer": ({"freeze_last_layer_epochs": 0.0}, {"freeze_last_layer_epochs": 0.2}),
-    "L2 bottleneck": ({"l2_bottleneck": False}, {"l2_bottleneck": True}),
-    "BatchNorm in the head": ({"head_bn": False}, {"head_bn": True}),
-    "learning-rate warm-up": ({"warmup_epochs": 0.0}, {"warmup_epochs": 0.2}),
-    "weight-decay schedule": ({"wd_end": lambda now: now["wd"]}, {"wd_end": 0.4}),
-    "gradient clipping": ({"grad_clip": 0.0}, {"grad_clip": 3.0}),
-    "multi-crop": ({"n_local": 0}, {"n_local": 2}),
-}
-PFLOP = {"search": 0.016, "models": 0.2, "removal": 0.06}
-EVALUATIONS = {"search": 1, "models": 8, "removal": 2}  # besides that of the untrained network
 TEACHER = {"batch_size": 128, "base_lr": 2e-3, "ema": 0.97, "tau_t": 0.055, "warmup_epochs": 0.2}
 TEACHER.update(head_bn=True, norm_last_layer=False, freeze_last_layer_epochs=0.1)
 BY_HAND = {  # settings from before the search, one a method, that take part in its second round
@@ -111,6 +91,8 @@ BY_HAND = {  # settings from before the search, one a method, that take part in 
     "hybrid_a": {**TEACHER, "n_local": 4, "alpha": 20.0},
     "hybrid_b": {**TEACHER, "n_local": 2, "alpha": 50.0, "head": "two", "proj_dim": 512},
 }
+PFLOP = {"search": 0.016, "models": 0.2, "removal": 0.06}
+EVALUATIONS = {"search": 1, "models": 8, "removal": 2}  # besides that of the untrained network
 MONITOR = {"knn_bank": 5000, "knn_queries": 5000}
 SECOND, FRESH = 500, 1000  # seed of a second round; the first of models, removal. Searches: 0, 1, 2 ...
 
@@ -264,3 +246,4 @@ if __name__ == "__main__":
         sys.exit("failed:\n" + "\n".join(f"{name}: {why}" for name, why in failures.items()))
     if study == "models" and todo:
         compare_attention()
+        write_report(out_dir, study, titles)

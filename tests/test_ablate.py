@@ -17,8 +17,9 @@ from twins.answer import BLOCK, answer, write_answer
 from twins.errors import UserError
 from twins.files import write_file
 from twins.jobs import run_jobs
+from twins.reports import read_attention, report_study
 from twins.settings import draw_setting, read_script, removals, toggle
-from twins.studies import best_setting, paired, read_rows, report_study, run_results, unfinished, write_rows
+from twins.studies import best_setting, paired, read_rows, run_results, unfinished, write_rows
 
 WITH_TEACHER = ("dino", "hybrid_a", "hybrid_b")
 
@@ -124,6 +125,13 @@ def test_tables_of_planted_rows():
     assert "| DINO | 3 | 1 of 3 (6 to 79 %) | 20.0 ± 0.0 | 53.3 ± 32.1 | 30.0 |  |  |  | 40.0 |" in text
     assert "- DINO: `--wd=0.4`" in text and "Commit aaaaaaaa;" in text
 
+    rows = [row("dino", "trial 2", 500, 0.31), row("dino", "by hand", 500, 0.35, rank=2.0, collapsed=True)]
+    files = report_study(rows, "search", {"dino": "DINO"})
+    text = files["README.md"]
+    assert text.startswith("# Second round: 2 runs") and set(files) == {"README.md"}
+    assert "| DINO | trial 2 | 5 | 31.0 | 9.0 | no | 20.0 | 10.0 |" in text
+    assert "| DINO | by hand | 5 | 35.0 | 2.0 | yes |" in text and "- DINO: `--wd=0.31`" in text
+
     seeds = range(1000, 1006)
     rows = [row("dino", "full", seed, 0.4 + seed / 1e5) for seed in seeds]
     rows += [row("dino", "EMA off", seed, 0.3 + seed / 1e5, git_commit="b" * 40) for seed in seeds]
@@ -143,6 +151,22 @@ def test_tables_of_planted_rows():
     assert "| Barlow Twins - DINO | 1 | +10.0 |" in text and "| test linear | pairs" not in text
     assert "| Barlow Twins | 1 | 0.1 | 5 | 4 | 1.0 | 0 of 1 (0 to 79 %) | 9.0 (10.0) | 60.0 | 70.0 |" in text
     assert set(files) == {"README.md", "cost.png", "differences.png"}
+
+
+def test_the_second_round_has_the_best_of_the_first_and_one_by_hand(tmp_path, monkeypatch):
+    first = [row("barlow", "trial", n, knn, setting={"lambd": knn}) for n, knn in enumerate((0.3, 0.5, 0.4))]
+    first.append(row("barlow", "trial", 3, 0.9, collapsed=True))
+    write_rows(tmp_path, first)
+    options = {"study": "search", "scripts": "barlow", "search_dir": str(tmp_path), "trials": 2, "pflop": 1.0}
+    for name, value in options.items():
+        monkeypatch.setattr(ablate, name, value)
+    cells = ablate.make_cells()
+    assert [cell["label"] for cell in cells] == ["trial 1", "trial 2", "by hand"]
+    settings = [{"lambd": 0.5}, {"lambd": 0.4}, ablate.BY_HAND["barlow"]]
+    assert [cell["setting"] for cell in cells] == settings
+    assert {cell["seed"] for cell in cells} == {ablate.SECOND}
+    for script, setting in ablate.BY_HAND.items():
+        assert setting.keys() <= read_script(ROOT / f"{script}.py", ())[1].keys()
 
 
 @pytest.mark.parametrize(
@@ -225,7 +249,8 @@ def test_the_readmes_figures_are_those_of_the_rows():
     studies = [path.parent for path in ROOT.glob("results/*/rows.jsonl") if "pilot" not in path.parent.name]
     assert studies
     for folder in studies:
-        page = report_study(read_rows(folder), folder.name.partition("-")[0], TITLES)
+        study, attention = folder.name.partition("-")[0], read_attention(folder)
+        page = report_study(read_rows(folder), study, TITLES, attention)
         assert (folder / "README.md").read_text() == page["README.md"]
         assert all((folder / name).exists() for name in page)
 
@@ -270,3 +295,16 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     assert f"| DINO | 0 of {seeds} | {seeds} of {seeds} (" in text
     assert f"Hybrid A ({seeds} seeds): can go: centering; cannot go: EMA." in text
     assert '<img src="results/models-cifar10/cost.png" alt="k-NN against PFLOP, CIFAR-10"' in text
+    assert "segmentation" not in text and "attention maps" not in text
+
+    for made in rows:
+        made["test"]["mIoU"] = 0.6 - 0.2 * made["script"].startswith("hybrid")
+    write_rows(tmp_path / "models-cifar10", rows)
+    test = {"groups": list(TITLES), "between": 0.3, "within": 0.2, "ratio": 1.5, "effect": 0.1, "p": 0.01}
+    test.update(interval95=[0.1, 0.2], exact=True, paired="all", smallest_p=0.01, spread_differs=False)
+    write_file(tmp_path / "models-cifar10/attention.json", json.dumps({"tests": [test]}))
+    text = " ".join(answer(tmp_path, "cifar10", TITLES).split())
+    word = "No." if seeds == 8 else "Not shown."
+    assert f"segmentation better?** {word} On CIFAR-10, {seeds} seeds, 0.1 PFLOP a run, mIoU: Hyb" in text
+    assert "differ?** The attention maps of DINO, Barlow Twins, Hybrid A, Hybrid B differ by more" in text
+    assert f"| {seeds} | 0 of {seeds} (" in text and "| 50.0 ± 0.0 | 60.0 ± 0.0 |" in text

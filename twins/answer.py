@@ -8,20 +8,9 @@ import numpy as np
 from twins.errors import UserError
 from twins.files import write_file
 from twins.pictures import printed
+from twins.reports import attention_sentence, collapsed_share, points, read_attention, spreads, table
 from twins.statistics import bootstrap_interval, holm, sign_flip_p, verdict
-from twins.studies import (
-    best_trial,
-    collapsed_share,
-    group_rows,
-    measures,
-    pair_with_full,
-    paired,
-    points,
-    rank_fell,
-    read_rows,
-    spreads,
-    table,
-)
+from twins.studies import best_trial, group_rows, measures, pair_with_full, paired, rank_fell, read_rows
 from twins.study_pictures import METRIC
 
 BLOCK = re.compile(r"<!-- answer (\S+) -->\n(.*?)<!-- end answer -->", re.DOTALL)
@@ -51,11 +40,16 @@ def answer(results, dataset, titles):
         picture, caption = f"models-{dataset}/cost.png", "k-NN against PFLOP"
     else:
         picture, caption = f"search-{dataset}/expected-best.png", "Expected best of n trials"
+    models, attention = studies["models"], read_attention(results / f"models-{dataset}")
     questions = {
-        "Does CC beside CE give better features?": compare_models(studies["models"], dataset),
+        "Does CC beside CE give better features?": compare_models(models, dataset, main_measure(models)),
         "Which of DINO's mechanisms can then go?": list_removals(studies["removal"]),
         "Is training more stable?": compare_collapse(studies["search"], dataset),
     }
+    if any("mIoU" in measures(row) for rows in models.values() for row in rows):
+        questions["Is segmentation better?"] = compare_models(models, dataset, "mIoU")
+    if models and attention:
+        questions["Do attention maps differ?"] = attention_sentence(attention)
     links = [f"[{name}](results/{name}-{dataset}/README.md)" for name in STUDIES if studies[name]]
     parts = [
         *(textwrap.fill(f"**{question}** {text}", 105) for question, text in questions.items()),
@@ -72,13 +66,13 @@ def main_measure(models):
     return "test k-NN" if all("test k-NN" in measures(row) for row in rows) else METRIC
 
 
-def compare_models(models, dataset):
+def compare_models(models, dataset, measure):
     """Each hybrid against each single loss: yes or no only where Holm's p over all of these is below 0.05."""
     hybrids = [title for title in models if title.startswith("Hybrid")]
     singles = [title for title in models if title not in hybrids]
     if not (hybrids and singles):
         return "Not answered yet: the best settings of the search have not been trained on fresh seeds."
-    measure, pairs = main_measure(models), [(h, s) for h in hybrids for s in singles]
+    pairs = [(h, s) for h in hybrids for s in singles]
     found = {(h, s): paired(models[h], models[s], measure) for h, s in pairs}
     ps = dict(zip(pairs, holm([sign_flip_p(differences) for differences in found.values()]), strict=True))
 
@@ -146,7 +140,8 @@ def list_removals(removals):
 def overview(studies):
     """A row a method: its search, then the fresh seeds of its best setting on the test set."""
     search, models = studies["search"], studies["models"]
-    names = ("test k-NN", "test linear") if models else ()
+    measured = [measures(row) for rows in models.values() for row in rows]
+    names = [name for name in ("test k-NN", "test linear", "mIoU") if any(name in row for row in measured)]
     lines = []
     for title in search | models:
         trials, runs = search.get(title, []), models.get(title, [])

@@ -10,6 +10,25 @@ import numpy as np
 from twins.errors import UserError
 from twins.keys import read_options
 
+MECHANISMS = {  # {name: ({option: value without it}, {option: value with it})}; functions get all values
+    "centering": ({"centering": False}, {"centering": True}),
+    "sharpening": ({"tau_t": lambda now: now["tau_s"]}, {"tau_t": 0.04}),
+    "tau_t warm-up": (
+        {"tau_t_warmup_epochs": 0.0},
+        {"tau_t_warmup_epochs": 2.0, "tau_t_start": lambda now: now["tau_t"] / 2},
+    ),
+    "EMA": ({"ema": 0.0}, {"ema": 0.97}),
+    "EMA schedule": ({"ema_end": lambda now: now["ema"]}, {"ema_end": 1.0}),
+    "weight-normed last layer": ({"norm_last_layer": False}, {"norm_last_layer": True}),
+    "frozen last layer": ({"freeze_last_layer_epochs": 0.0}, {"freeze_last_layer_epochs": 0.2}),
+    "L2 bottleneck": ({"l2_bottleneck": False}, {"l2_bottleneck": True}),
+    "BatchNorm in the head": ({"head_bn": False}, {"head_bn": True}),
+    "learning-rate warm-up": ({"warmup_epochs": 0.0}, {"warmup_epochs": 0.2}),
+    "weight-decay schedule": ({"wd_end": lambda now: now["wd"]}, {"wd_end": 0.4}),
+    "gradient clipping": ({"grad_clip": 0.0}, {"grad_clip": 3.0}),
+    "multi-crop": ({"n_local": 0}, {"n_local": 2}),
+}
+
 
 @functools.cache
 def read_script(path, presets):
