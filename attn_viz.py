@@ -57,7 +57,7 @@ blocks = "last"  # attention.png shows the heads of the last block, or the mean 
 patch_size = 4  # pixels, of --ckpt=random [1..]
 dim = 192  # width, of --ckpt=random [1..]
 depth = 12  # blocks, of --ckpt=random [1..]
-heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: width / 64) [0..]
+heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: a guess) [0..]
 permutations = 20000  # assignments of runs to groups: all, or so many random ones if there are more [1..]
 seed = 0  # of the choice of images, the permutations and the bootstrap [0..]
 device = "auto"  # cuda, mps or cpu; auto: the first available

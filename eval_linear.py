@@ -41,7 +41,7 @@ image_size = 0  # pixels; 0: what the backbone was trained with [0..]
 patch_size = 4  # pixels, of --ckpt=random [1..]
 dim = 192  # width, of --ckpt=random [1..]
 depth = 12  # blocks, of --ckpt=random [1..]
-heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: width / 64) [0..]
+heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: a guess) [0..]
 finetune = False  # train the backbone too, four times: one process, much slower than the probes
 finetune_epochs = 20  # passes over the training images, each time [1..]
 label_fraction = 1.0  # of the training labels, the same share of each class [0..1]
@@ -97,8 +97,9 @@ def augment(images, rng):
 def load_labelled(dataset, data_dir, image_size):
     """The training split, of which --label_fraction is kept, and the test split. Raises UserError."""
     train, test = (load(dataset, data_dir, image_size, split, skip_bad_images) for split in ("train", "test"))
-    if train.labels is None or test.labels is None:
-        raise UserError(f"{data_dir} has no class folders: a probe needs labels")
+    for name, data in (("training", train), ("test", test)):
+        if data.labels is None:
+            raise UserError(f"the {name} images of {data_dir} are in no class folders: a probe needs labels")
     classes, test_classes = len(train.classes), int(test.labels.max()) + 1
     if test_classes > classes:
         raise UserError(f"the test set of {data_dir} has {test_classes} classes, the training set {classes}")

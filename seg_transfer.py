@@ -50,7 +50,7 @@ finetune = False  # train the backbone too
 patch_size = 4  # pixels, of --ckpt=random [1..]
 dim = 192  # width, of --ckpt=random [1..]
 depth = 12  # blocks, of --ckpt=random [1..]
-heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: width / 64) [0..]
+heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: a guess) [0..]
 max_steps = 300  # optimizer steps of each head [1..]
 batch_size = 32  # images a step [1..]
 seed = 0  # of the held-out images, the heads and the order [0..]

@@ -112,6 +112,29 @@ def test_a_split_alone_can_be_trained_on_and_classes_may_be_called_like_splits_i
     assert load(tmp_path / "val").classes == ["a", "b"] and len(load(tmp_path, "test").labels) == 2
 
 
+@pytest.mark.parametrize("inner", ["photos/train", "photos/Val", "train/train"])
+def test_a_folder_around_the_splits_is_no_class(inner, tmp_path):
+    tree(tmp_path, *(f"{inner}/{name}" for name in LABELLED))
+    with pytest.raises(UserError, match=r"give --data_dir=.*photos$|name of a split, no class"):
+        load(tmp_path)
+
+
+def test_one_class_of_nested_folders_is_one_class(tmp_path):
+    assert load(tree(tmp_path, "train/all/2019/0.png", "train/all/2020/0.png")).classes == ["all"]
+
+
+def test_a_flat_train_beside_a_labelled_val_is_said(tmp_path):
+    tree(tmp_path, "train/0.png", *(f"val/{name}" for name in LABELLED))
+    with pytest.raises(UserError, match=r"train has no class folders, but .*val has"):
+        load(tmp_path, "test")
+
+
+def test_folders_that_systems_make_are_no_classes(tmp_path):
+    names = ("@eaDir/a/0.png", "a/@eaDir/0.png", "#recycle/0.png", "__MACOSX/0.png", "$RECYCLE.BIN/0.png")
+    data = load(tree(tmp_path, *(f"train/{name}" for name in LABELLED + names)))
+    assert data.classes == ["a", "b"] and len(data.images) == 3
+
+
 def test_a_labelled_val_goes_before_a_flat_test(tmp_path, capsys):
     tree(tmp_path, "train/a/0.png", "test/0.png", "test/1.png", "val/a/5.png")
     assert load(tmp_path, "test").labels.tolist() == [0]
@@ -311,6 +334,42 @@ def test_classes_and_what_does_not_count_stay_so(tmp_path):
     mask = np.zeros((40, 40), np.uint8)
     mask[:10], mask[10:20], mask[20:30] = 1, 182, 255
     assert load_masks("folder", masked(tmp_path, mask), 40).masks.unique().tolist() == [-1, 0, 1, 182]
+
+
+def test_masks_have_the_paths_of_their_images(tmp_path):
+    for video, value in (("a", 1), ("b", 2)):
+        photo(tmp_path / f"train/images/{video}/0.jpg", 40)
+        (tmp_path / f"train/masks/{video}").mkdir(parents=True)
+        Image.fromarray(np.uint8(value * DISK)).save(tmp_path / f"train/masks/{video}/0.png")
+    assert load_masks("folder", tmp_path, 8).masks.amax((1, 2)).tolist() == [1, 2]
+    photo(tmp_path / "train/images/c/0.jpg")
+    with pytest.raises(UserError, match=r"c/0.jpg has no mask: .*masks/c/0.png"):
+        load_masks("folder", tmp_path, 8)
+
+
+def test_a_test_folder_without_masks_does_not_hide_val(tmp_path):
+    masked(tmp_path, np.uint8(DISK))
+    photo(tmp_path / "test/images/0.jpg")
+    assert len(load_masks("folder", tmp_path, 8, "test").images) == 1
+
+
+def test_a_mask_is_turned_as_its_exif_says(tmp_path):
+    mask = np.zeros((40, 40), np.uint8)
+    mask[:9] = 1
+    plain = load_masks("folder", masked(tmp_path, mask), 40).masks
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(mask).save(tmp_path / "train/masks/0.png", exif=exif)
+    assert torch.equal(load_masks("folder", tmp_path, 40).masks, plain.flip(1, 2))
+
+
+def test_a_palette_of_white_background_is_refused(tmp_path):
+    masked(tmp_path, np.uint8(DISK))
+    image = Image.fromarray(np.uint8(DISK)).convert("P")
+    image.putpalette([255, 255, 255, 0, 0, 0])
+    image.save(tmp_path / "train/masks/0.png")
+    with pytest.raises(UserError, match="white for class 0 and black for class 1, save it in grey"):
+        load_masks("folder", tmp_path, 8)
 
 
 def test_masks_are_found_in_splits_of_other_names(tmp_path):

@@ -4,6 +4,7 @@ fine-tuning.
 
 import argparse
 import json
+import math
 import pathlib
 import sys
 import types
@@ -19,6 +20,7 @@ from test_eval_linear import photographs
 from twins.backbones import load_backbone
 from twins.errors import UserError
 from twins.probes import fit, predict, whitening
+from twins.weights import guess_heads
 from vit import ViT
 
 timm = pytest.importorskip("timm", reason="timm is not installed (.ci/run installs it)")
@@ -114,14 +116,16 @@ def test_weights_chooses_the_network(model, images, tmp_path, weights, other):
 def test_networks_without_a_teacher_are_named_as_the_file_has_them(model, tmp_path):
     state = model.state_dict()
     torch.save({"state_dict": state, "state_dict_ema": zeros(state)}, tmp_path / "timm.pth")
-    with pytest.raises(
-        UserError, match="networks state_dict, state_dict_ema: not exactly one of them is teacher"
-    ):
-        loaded(tmp_path / "timm.pth")
-    backbone, about = loaded(tmp_path / "timm.pth", "state_dict_ema")
-    assert about["network"] == "state_dict_ema" and not backbone.cls_token.any()
-    torch.save({"state_dict": prefixed("module.momentum_encoder.", state)}, tmp_path / "moco.pth")
-    assert loaded(tmp_path / "moco.pth")[1]["network"] == "momentum_encoder"
+    for weights in ("", "state_dict_ema"):
+        backbone, about = loaded(tmp_path / "timm.pth", weights)
+        assert about["network"] == "state_dict_ema" and not backbone.cls_token.any()
+    networks = {**prefixed("base_encoder.", zeros(state)), **prefixed("momentum_encoder.", state)}
+    torch.save({"state_dict": prefixed("module.", networks)}, tmp_path / "moco.pth")
+    backbone, about = loaded(tmp_path / "moco.pth")
+    assert about["network"] == "momentum_encoder" and backbone.cls_token.any()
+    torch.save({"net_a": state, "schema": state}, tmp_path / "two.pth")
+    with pytest.raises(UserError, match="networks net_a, schema: not exactly one of them is a teacher or"):
+        loaded(tmp_path / "two.pth")
     torch.save({"student": state}, tmp_path / "student.pth")
     assert loaded(tmp_path / "student.pth")[1]["network"] == "student"
 
@@ -134,12 +138,35 @@ def test_heads_are_given_or_in_the_file_or_guessed(images, tmp_path, capsys):
     )
     assert "guessed" not in capsys.readouterr().out
     assert loaded(tmp_path / "four.pth")[0].args["heads"] == 2
-    assert "guessed 2, width / 64; --heads sets it" in capsys.readouterr().out
+    assert "guessed 2; --heads sets it" in capsys.readouterr().out
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_args": {"num_heads": 4}}))
     assert torch.allclose(loaded(tmp_path)[0](images), features(model, images), atol=1e-5)
     with pytest.raises(UserError, match=r"--heads=2.* has 4, leave --heads out"):
         loaded(tmp_path, heads=2)
+
+
+@pytest.mark.parametrize(
+    "dim, network, heads",
+    [
+        (384, "its only network", 6),
+        (384, "base_encoder", 12),
+        (384, "momentum_encoder", 12),
+        (768, "momentum_encoder", 12),
+        (1280, "model", 16),
+        (32, "model", 1),
+    ],
+)
+def test_the_guess_is_right_for_official_vits(dim, network, heads):
+    assert guess_heads(dim, network) == heads
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_scale_of_half_precision_is_folded_in_float32(dtype, tmp_path):
+    model = timm_vit(56, 14, init_values=0.1).to(dtype)
+    torch.save(model.state_dict(), tmp_path / "half.pth")
+    x = torch.randn(2, 3, 56, 56)
+    assert torch.allclose(loaded(tmp_path / "half.pth")[0](x), features(model.float(), x), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +208,20 @@ def test_keys_in_the_way_are_named(model, tmp_path):
     refused({**state, "pos_embed": torch.zeros(1, 16 + 3, 128)}, "pos_embed [1, 19, 128] is no square grid")
     refused({"model": state, "model.cls_token": state["cls_token"]}, "two tensors model.cls_token")
     refused({**state, "module.cls_token": state["cls_token"]}, "two tensors cls_token")
+    more = {f"decoder_blocks.{i}.weight": torch.zeros(2) for i in range(9)}
+    refused({**state, **more}, "decoder_blocks.4.weight is unknown and 4 more")
+    name = "blocks.1.attn.proj.weight"
+    odd = [(state[name].to_sparse(), "torch.sparse_coo"), (state[name].to("meta"), "meta")]
+    odd += [(state[name].to(torch.int8), "torch.int8"), (state[name].to(torch.complex64), "torch.complex64")]
+    for value, kind in odd:
+        refused({**state, name: value}, f"{name} is {kind}, not plain numbers")
+    refused({**state, name: state[name] * math.nan}, f"{name} holds NaN or inf")
+    refused({**state, "cls_token": torch.tensor(1.0)}, "key names: cls_token is []")
+    refused({name: x for name, x in state.items() if name != "pos_embed"}, "pos_embed is missing")
+    for gamma in (torch.ones(64), torch.tensor(1.0)):
+        refused({**state, "blocks.0.ls1.gamma": gamma}, "blocks.0.ls1.gamma is unknown")
+    with pytest.raises(UserError, match=r"no config.json\): give one of its files"):
+        loaded(tmp_path)
 
 
 def local_pathlib(monkeypatch):

@@ -21,6 +21,7 @@ SUFFIXES |= {".tiff", ".jp2", ".j2k", ".pbm", ".pgm", ".ppm", ".pnm"}
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 IMAGES = ("images", "jpegimages")
+JUNK = {"@eadir", "#recycle", "$recycle.bin", "__macosx"}  # of Synology, QNAP, Windows, macOS
 MASKS = ("masks", "labels", "annotations", "segmentationclass", "segmentationobject")
 
 
@@ -46,8 +47,11 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
         trained = without_masks(found["train"])
         known = [below(trained, path).split(os.sep) for path in walk(trained)[0]]
     classes = [] if flat else sorted({parts[0] for parts in known if len(parts) > 1})
+    refuse_wrapping(top, root, classes)
     stray = [path for path, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes]
     if stray:
+        if not classes:
+            raise UserError(f"{found['train']} has no class folders, but {root} has: both need them, or none")
         where = f"in none of the {len(classes)} class folders"
         raise UserError(f"{stray[0]} is {where}: move it into one, or make all of them flat")
 
@@ -87,6 +91,16 @@ def split_folder(top, found, split):
     return roots[0] if roots else top
 
 
+def refuse_wrapping(top, root, classes):
+    """Raises UserError if the only class folder is no class but holds the splits, or is one: train/train/."""
+    if len(classes) == 1:
+        inner = root / classes[0]
+        if inner.is_dir() and splits(inner):
+            raise UserError(f"{inner} holds {', '.join(splits(inner))}: give --data_dir={inner}")
+        if classes[0].lower() in SPLITS:
+            raise UserError(f"{inner} is the name of a split, no class: move what it holds to {root}")
+
+
 def refuse_others(top, root, found):
     """Raises UserError for images beside `root`, a flat train/: it may be one class of several."""
     others = [top / name for name in subfolders(top) if top / name not in [root, *found.values()]]
@@ -110,10 +124,14 @@ def unreadable(error):
     raise UserError(f"{error.filename} cannot be entered ({error.strerror}): mend or move it") from None
 
 
+def is_hidden(name):
+    return name.startswith(".") or name.lower() in JUNK
+
+
 def subfolders(root):
     """The names of the folders in `root`, in order, less hidden ones."""
     try:
-        return sorted(f.name for f in os.scandir(root) if f.is_dir() and not f.name.startswith("."))
+        return sorted(f.name for f in os.scandir(root) if f.is_dir() and not is_hidden(f.name))
     except OSError as error:
         unreadable(error)
 
@@ -156,7 +174,7 @@ def walk(root):
             folders.clear()
             continue
         seen.add((stat.st_dev, stat.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not is_hidden(name)]
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
         for name in sorted(files):
             suffix = os.path.splitext(name)[1].lower()

@@ -14,7 +14,7 @@ import torch
 
 from twins.datasets import Split, fetch, load
 from twins.errors import UserError
-from twins.folders import cached, image_files, splits, walk
+from twins.folders import below, cached, image_files, splits, walk
 
 DATASETS = ("shapes", "folder", "voc2012", "pet", "imagenet_s")
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
@@ -65,14 +65,20 @@ def mask_folder(root, split):
     names = ["train"] if split == "train" else ["test", "val"]
     found = splits(root)
     roots = [found[name] for name in names if name in found]
-    root = next((path for path in roots if (path / "images").is_dir()), None)
-    if root is None or not (root / "masks").is_dir():
+    root = next((path for path in roots if (path / "images").is_dir() and (path / "masks").is_dir()), None)
+    if root is None:
         raise UserError(f"--data_dir has no {names[-1]}/images/ with {names[-1]}/masks/ beside it")
     images, (masks, _) = image_files(root / "images"), walk(root / "masks")
-    masks = {Path(mask).stem: mask for mask in sorted(masks, key=lambda mask: mask.endswith(".png"))}
-    stems = [Path(image).stem for image in images]
-    masks = [masks.get(stem, f"{root}/masks/{stem}.png") for stem in stems]
+    masks.sort(key=lambda mask: mask.endswith(".png"))  # of two masks, the .png one
+    masks = {stem(root / "masks", mask): mask for mask in masks}
+    stems = [stem(root / "images", image) for image in images]
+    masks = [masks.get(name, f"{root}/masks/{name}.png") for name in stems]
     return root, images, masks, None, one_channel
+
+
+def stem(folder, path):
+    """The path of a file below a folder, without its suffix."""
+    return os.path.splitext(below(folder, path))[0]
 
 
 def one_channel(pixels):
@@ -158,7 +164,11 @@ def decode_mask(path, image, size, ids):
 
     try:
         with Image.open(path) as mask:
-            if mask.format == "JPEG":  # inexact numbers: black and white at most
+            if mask.mode == "P" and mask.getpalette()[:6] == [255, 255, 255, 0, 0, 0]:
+                raise ValueError("its palette has white for class 0 and black for class 1, save it in grey")
+            inexact = mask.format == "JPEG"  # black and white at most
+            mask = ImageOps.exif_transpose(mask)
+            if inexact:
                 mask = mask.convert("L").point(lambda value: 255 * (value > 127))
             pixels = ids(np.asarray(mask).astype(np.int32)).astype(np.int32)
         if pixels.ndim != 2:

@@ -134,7 +134,7 @@ def evaluate(train, labels, test, test_labels, classes, seed=0):
     held_out, rest = (rows.to(labels.device) for rows in balanced(labels.cpu(), 0.1, seed))
     if len(rest) < classes:
         few = f"{len(labels)} labels of {classes} classes are too few to hold some out"
-        raise UserError(f"{few}: give a larger --label_fraction")
+        raise UserError(f"{few}: a probe needs two of each class at least")
     results = {}
     for name, x in train.items():
         results[name] = linear_probe(x, labels, held_out, rest, test[name], test_labels, classes, name)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from twins.files import load_checkpoint, load_pickle, read_checkpoint, read_json
 from twins.keys import parse
 
 CHECKPOINTS = ("ckpt.pt", "ckpt-previous.pt")  # of a training script
+AVERAGED = re.compile(r"(^|[._])(teacher|ema|momentum)([._]|$)")  # a network that averages another's weights
 CLASSIFIERS = ("head", "head_dist", "fc", "fc_norm", "mask_token")  # no part of the features
 
 
@@ -88,18 +90,43 @@ def read_weights(path, network="", heads=0):
     if dropped:
         print(f"{path}: {known['network']} is used, without {', '.join(dropped)}")
     state = {name: value for name, value in state.items() if name.split(".")[0] not in CLASSIFIERS}
+    check_tensors(state, path)
+    state = {name: value if value.dtype == torch.float64 else value.float() for name, value in state.items()}
     fold_layer_scale(state)
     heads = known.pop("heads", 0) or heads
     if not heads:
-        heads = max(state["cls_token"].shape[-1] // 64, 1)
-        print(f"{path} does not say its number of heads: guessed {heads}, width / 64; --heads sets it")
+        heads = guess_heads(state["cls_token"].shape[-1], known["network"])
+        print(f"{path} does not say its number of heads: guessed {heads}; --heads sets it")
     return state, architecture(state, heads, path), known
+
+
+def check_tensors(state, path):
+    """Raises UserError for tensors that are no ordinary finite numbers, and for a ViT of odd shapes."""
+    for name, value in state.items():
+        kind = value.dtype if value.layout == torch.strided else value.layout
+        if value.is_meta or not value.is_floating_point() or value.layout != torch.strided:
+            raise UserError(f"{path}: {name} is {'meta' if value.is_meta else kind}, not plain numbers")
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or inf")
+    for name, ndim in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4)):
+        if name not in state or state[name].ndim != ndim:
+            found = f"is {list(state[name].shape)}" if name in state else "is missing"
+            raise UserError(f"{path} is not a ViT of timm's key names: {name} {found}")
+
+
+def guess_heads(dim, network):
+    """Width / 64, as most official ViTs have; 16 of a ViT-H (MAE, timm), 12 of a ViT-S of MoCo v3."""
+    if dim == 384 and network.endswith(("momentum_encoder", "base_encoder")):
+        return 12
+    return 16 if dim == 1280 else max(dim // 64, 1)
 
 
 def read_tensors(path):
     """{dotted name: tensor} of all tensors in a file, however nested, and what is known of them."""
     known, file = {}, path
     if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"{path} is neither a run nor an export (no config.json): give one of its files")
         file, about = path / "model.safetensors", read_json(path / "config.json")
         model_args = about.get("model_args")
         if isinstance(model_args, dict) and type(model_args.get("num_heads")) is int:
@@ -156,15 +183,18 @@ def choose_network(tensors, path, network):
     if not prefixes:
         first = ", ".join(list(tensors)[:3]) or "none"
         raise UserError(f"{path} holds no ViT of timm's key names (no cls_token; its tensors: {first} ...)")
-    wanted = network or ("teacher" if len(prefixes) > 1 else "")
-    chosen = [prefix for prefix in prefixes if not wanted or wanted in prefix.split(".")]
+    if network:
+        chosen = [prefix for prefix in prefixes if network in prefix.split(".")]
+    else:
+        chosen = [prefix for prefix in prefixes if len(prefixes) == 1 or AVERAGED.search(prefix)]
     if len(chosen) != 1:
         names = ", ".join(prefix.rstrip(".") or "one without a name" for prefix in prefixes)
+        wanted = network or "a teacher or another average"
         raise UserError(f"{path} holds the networks {names}: not exactly one of them is {wanted}")
     prefix = chosen[0]
     state = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     names = [part for part in prefix.split(".")[:-1] if part not in ("state_dict", "model", "backbone")]
-    name = wanted or ".".join(names) or "its only network"
+    name = network or ".".join(names) or "its only network"
     return state, name, [other.rstrip(".") for other in prefixes if other != prefix]
 
 
@@ -173,10 +203,11 @@ def fold_layer_scale(state):
     for name in [name for name in state if name.endswith((".ls1.gamma", ".ls2.gamma"))]:
         block = name.rsplit(".", 2)[0]
         layer = f"{block}.attn.proj" if ".ls1." in name else f"{block}.mlp.fc2"
-        gamma = state.pop(name)
-        for part, factor in ((f"{layer}.weight", gamma[:, None]), (f"{layer}.bias", gamma)):
-            if part in state:
-                state[part] = factor * state[part]
+        gamma, weight, bias = (state.get(key) for key in (name, f"{layer}.weight", f"{layer}.bias"))
+        if weight is None or bias is None or not gamma.shape == weight.shape[:1] == bias.shape:
+            continue  # build() names it
+        state[f"{layer}.weight"], state[f"{layer}.bias"] = gamma[:, None] * weight, gamma * bias
+        del state[name]
 
 
 def architecture(state, heads, path):
@@ -186,15 +217,12 @@ def architecture(state, heads, path):
     """
     if "register_tokens" in state and "reg_token" not in state:
         state["reg_token"] = state.pop("register_tokens")
-    try:
-        patch_size, dim = state["patch_embed.proj.weight"].shape[-1], state["cls_token"].shape[-1]
-        registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-        positions, grid = state["pos_embed"], state["pos_embed"].shape[1]
-    except (KeyError, IndexError) as error:
-        raise UserError(f"{path} holds no ViT of timm's key names ({first_line(error)} is missing)") from None
+    patch_size, dim = state["patch_embed.proj.weight"].shape[-1], state["cls_token"].shape[-1]
+    registers = state["reg_token"].shape[1] if getattr(state.get("reg_token"), "ndim", 0) == 3 else 0
+    positions, grid = state["pos_embed"], state["pos_embed"].shape[1]
     sides = {n: math.isqrt(max(grid - n, 0)) for n in (1 + registers, 1, 0)}
     prefix = next((n for n, side in sides.items() if side and side**2 + n == grid), None)
-    if prefix is None or positions.ndim != 3:
+    if prefix is None:
         raise UserError(f"{path}: pos_embed {list(positions.shape)} is no square grid beside the [CLS] token")
     absent = positions.new_zeros(1, 1 + registers - prefix, positions.shape[2])
     state["pos_embed"] = torch.cat([positions[:, :prefix], absent, positions[:, prefix:]], dim=1)
@@ -216,7 +244,8 @@ def build(vit, state, args, path):
         if name in state and state[name].shape != right.shape:
             problems.append(f"{name} is {list(state[name].shape)}, not {list(right.shape)}")
     if problems:
-        raise UserError(f"{path} is not a ViT as vit.py has it: {', '.join(problems)}")
+        rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{path} is not a ViT as vit.py has it: {', '.join(problems[:5])}{rest}")
     backbone.load_state_dict(state)
     return backbone
 
