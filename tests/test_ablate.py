@@ -285,13 +285,12 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
         write_answer(readme, tmp_path, TITLES)
     text = " ".join(readme.read_text().split())
     assert text.startswith("above <!-- answer") and text.endswith("-- end answer --> below")
-    said = (
-        f"better features?** {word} On CIFAR-10, {seeds} seeds, 0.1 PFLOP a run, test k-NN: Hybrid A - DINO"
-    )
-    assert said in text and "old" not in text
-    assert ("no p can be below" in text) == (seeds == 3)
+    gain = 100 * (ahead + np.mean(noise[2] - noise[0]))
+    assert f"better features?** {word} Points of test k-NN against DINO: Hybrid A {gain:+.1f} (" in text
+    assert f"intervals over {seeds} seeds; CIFAR-10, 0.1 PFLOP a run)." in text and "old" not in text
+    assert ("too few for p below" in text) == (seeds == 3)
     p = 2 / 2 ** (seeds - 1)  # all pairs but one differ, in one direction
-    assert "below a quarter: Hybrid A p = 1.000." in text and f"learning: Hybrid A p = {p:.3f}." in text
+    assert "(Hybrid A p = 1.000 against DINO)" in text and f"learning (Hybrid A p = {p:.3f};" in text
     assert f"| DINO | 0 of {seeds} | {seeds} of {seeds} (" in text
     assert f"Hybrid A ({seeds} seeds): can go: centering; cannot go: EMA." in text
     assert '<img src="results/models-cifar10/cost.png" alt="k-NN against PFLOP, CIFAR-10"' in text
@@ -305,6 +304,8 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     write_file(tmp_path / "models-cifar10/attention.json", json.dumps({"tests": [test]}))
     text = " ".join(answer(tmp_path, "cifar10", TITLES).split())
     word = "No." if seeds == 8 else "Not shown."
-    assert f"segmentation better?** {word} On CIFAR-10, {seeds} seeds, 0.1 PFLOP a run, mIoU: Hyb" in text
+    assert (
+        f"segmentation better?** {word} Points of mIoU against DINO: Hybrid A -20.0 (-20.0 to -20.0" in text
+    )
     assert "differ?** The attention maps of DINO, Barlow Twins, Hybrid A, Hybrid B differ by more" in text
     assert f"| {seeds} | 0 of {seeds} (" in text and "| 50.0 ± 0.0 | 60.0 ± 0.0 |" in text

@@ -44,7 +44,7 @@ def answer(results, dataset, titles):
     questions = {
         "Does CC beside CE give better features?": compare_models(models, dataset, main_measure(models)),
         "Which of DINO's mechanisms can then go?": list_removals(studies["removal"]),
-        "Is training more stable?": compare_collapse(studies["search"], dataset),
+        "Is training more stable?": compare_collapse(studies["search"]),
     }
     if any("mIoU" in measures(row) for rows in models.values() for row in rows):
         questions["Is segmentation better?"] = compare_models(models, dataset, "mIoU")
@@ -86,23 +86,29 @@ def compare_models(models, dataset, measure):
     else:
         word = "Not shown."
     n, row = min(map(len, found.values())), models[hybrids[0]][0]
-    text = f"{word} On {printed(dataset)}, {n} seeds, {row['budget']:g} PFLOP a run, {measure}: "
-    text += "; ".join(difference(h, s, found[h, s], ps[h, s]) for h, s in pairs) + "."
+    against = [f"against {s}: {', '.join(gain(h, found[h, s]) for h in hybrids)}" for s in singles]
+    text = f"{word} Points of {measure} {'; '.join(against)} (95 % intervals over {n} seeds; "
+    text += f"{printed(dataset)}, {row['budget']:g} PFLOP a run)."
     if len(pairs) * 2 / 2**n > SIGNIFICANT:
-        text += f" With {n} seeds and {len(pairs)} comparisons, no p can be below {SIGNIFICANT}."
+        text += f" {n} seeds are too few for p below {SIGNIFICANT} in {len(pairs)} comparisons."
     return text
 
 
-def compare_collapse(search, dataset):
+def gain(name, differences):
+    mean, interval = points(differences)
+    return f"{name} {mean} ({interval})"
+
+
+def compare_collapse(search):
     """Whether fewer random settings of a hybrid fail than of DINO, by either sign: p values."""
     if not search or "DINO" not in search:
         return "Not answered yet: there is no search."
     budget = search["DINO"][0]["budget"]
     flat, collapsed = failure_ps(search, rank_fell), failure_ps(search, lambda row: row["collapsed"])
     return (
-        f"Random settings on {printed(dataset)}, {budget:g} PFLOP each, failures against DINO's (exact p, "
-        f"paired by trial). RankMe below a quarter: {flat}. That, or k-NN below the untrained network's, "
-        f"which may just be slow learning: {collapsed}. The table has the counts."
+        f"Of random settings, {budget:g} PFLOP each, the table counts those whose RankMe fell below a quarter"
+        f" ({flat} against DINO), then also those whose k-NN fell below the untrained network's, which may be "
+        f"slow learning ({collapsed}; exact p, paired by trial)."
     )
 
 
@@ -115,11 +121,6 @@ def failure_ps(search, failed):
     ]
     ps = holm([sign_flip_p(differences) for differences in pairs])
     return ", ".join(f"{hybrid} p = {p:.3f}" for hybrid, p in zip(hybrids, ps, strict=True))
-
-
-def difference(first, second, values, p):
-    mean, interval = points(values)
-    return f"{first} - {second} {mean} points (95 % interval {interval}, p = {p:.2f})"
 
 
 def list_removals(removals):
@@ -152,5 +153,5 @@ def overview(studies):
         if models:
             line += [len(runs), collapsed_share(runs) if runs else "", *spreads(runs, names)]
         lines.append(line)
-    columns = ["method", "trials: RankMe fell", "or k-NN fell (95 %)", f"best {METRIC}, %"]
+    columns = ["method", "random settings: RankMe fell", "or k-NN fell (95 %)", f"best {METRIC}, %"]
     return table(columns + (["fresh seeds", "collapsed", *names] if models else []), lines)
