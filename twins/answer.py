@@ -107,8 +107,8 @@ def compare_collapse(search):
     flat, collapsed = failure_ps(search, rank_fell), failure_ps(search, lambda row: row["collapsed"])
     return (
         f"Of random settings, {budget:g} PFLOP each, the table counts those whose RankMe fell below a quarter"
-        f" ({flat} against DINO), then also those whose k-NN fell below the untrained network's, which may be "
-        f"slow learning ({collapsed}; exact p, paired by trial)."
+        f" ({flat} against DINO), then also those whose k-NN fell below the untrained network's, which may "
+        f"be slow learning ({collapsed}; exact p, paired by trial)."
     )
 
 
