@@ -18,7 +18,7 @@ import data
 from conftest import ROOT, SCRIPTS, tiny
 from twins import datasets, decoding, files
 from twins.errors import UserError
-from twins.files import read_checkpoint
+from twins.files import read_checkpoint, write_file
 from twins.folders import decode
 from vit import ViT
 
@@ -343,3 +343,24 @@ def test_real_photographs_train(train, real_images):
         "hybrid_a.py", dataset="folder", data_dir=real_images / "imagenette128", image_size=64, patch_size=8
     )
     assert g["views"][0].shape == (16, 3, 64, 64) and rows_of(g)[-1]["knn"] > 0
+
+
+def test_a_checkout_is_edited_where_its_code_is(tmp_path, monkeypatch):
+    """Rows that a study writes into results/ are no edit of the code."""
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    for name in ("code.py", "results/rows.jsonl"):
+        write_file(tmp_path / name, "1")
+
+    def git(*words):
+        about = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *about, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert len(files.git_state()["git_commit"]) == 40 and not files.git_state()["git_edited"]
+    write_file(tmp_path / "results/rows.jsonl", "2")
+    write_file(tmp_path / "new.py", "untracked")
+    assert not files.git_state()["git_edited"]
+    write_file(tmp_path / "code.py", "2")
+    assert files.git_state()["git_edited"]

@@ -66,11 +66,12 @@ def sha256(content):
 
 
 def git_state():
-    """{git_commit: of this checkout, '' without git, git_edited: whether tracked files differ from it}."""
+    """{git_commit: of this checkout, '' without git, git_edited: tracked files differ, results/ left out}."""
+    status = ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]  # a study writes there
     try:
         commit, status = (
             subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for words in (["rev-parse", "HEAD"], status)
         )
     except OSError:  # git is not installed
         commit, status = "", ""
