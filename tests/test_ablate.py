@@ -286,12 +286,15 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     text = " ".join(readme.read_text().split())
     assert text.startswith("above <!-- answer") and text.endswith("-- end answer --> below")
     gain = 100 * (ahead + np.mean(noise[2] - noise[0]))
-    assert f"better features?** {word} Points of test k-NN against DINO: Hybrid A {gain:+.1f} (" in text
-    assert f"intervals over {seeds} seeds; CIFAR-10, 0.1 PFLOP a run)." in text and "old" not in text
-    assert ("too few for p below" in text) == (seeds == 3)
+    sides = {0.05: "ahead of {} in every seed", -0.05: "behind {} in every seed"}
+    sides = sides.get(ahead, "now ahead of {}, now behind")
+    said = f"{word} Both hybrids: {sides.format('DINO')}, {sides.format('Barlow Twins')}."
+    assert f"better features?** {said} Test k-NN against DINO, Hybrid A {gain:+.1f} (" in text
+    assert f"by {seeds} fresh seeds of each method's best setting; CIFAR-10, 0.1 PFLOP a run." in text
+    assert (f"{seeds} seeds cannot give that" in text) == (seeds == 3) and "old" not in text
     p = 2 / 2 ** (seeds - 1)  # all pairs but one differ, in one direction
     assert "(Hybrid A p = 1.000 against DINO)" in text and f"learning (Hybrid A p = {p:.3f};" in text
-    assert f"| DINO | 0 of {seeds} | {seeds} of {seeds} (" in text
+    assert f"| 50.0 ± 0.0 | 0 of {seeds} | 0 of {seeds} | {seeds} of {seeds} (" in text
     assert f"Hybrid A ({seeds} seeds): can go: centering; cannot go: EMA." in text
     assert '<img src="results/models-cifar10/cost.png" alt="k-NN against PFLOP, CIFAR-10"' in text
     assert "segmentation" not in text and "attention maps" not in text
@@ -304,8 +307,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     write_file(tmp_path / "models-cifar10/attention.json", json.dumps({"tests": [test]}))
     text = " ".join(answer(tmp_path, "cifar10", TITLES).split())
     word = "No." if seeds == 8 else "Not shown."
-    assert (
-        f"segmentation better?** {word} Points of mIoU against DINO: Hybrid A -20.0 (-20.0 to -20.0" in text
-    )
+    said = f"{word} Both hybrids: behind DINO in every seed, behind Barlow Twins in every seed."
+    assert f"segmentation better?** {said} mIoU against DINO, Hybrid A -20.0 (-20.0 to -20.0) and" in text
     assert "differ?** The attention maps of DINO, Barlow Twins, Hybrid A, Hybrid B differ by more" in text
-    assert f"| {seeds} | 0 of {seeds} (" in text and "| 50.0 ± 0.0 | 60.0 ± 0.0 |" in text
+    assert f"| 50.0 ± 0.0 | 60.0 ± 0.0 | 0 of {seeds} |" in text

@@ -366,3 +366,13 @@ def test_help_states_limits_once_and_whole(configure, capsys):
     assert end.value.code == 0 and "from 0 from 0" not in said and "e+" not in said
     assert "of learning-rate warm-up from 0 (from 0)\n" in said and f"views (from 0 to {2**64 - 1})\n" in said
     assert "momentum of that running mean" in said or "of that running mean (from 0 to 1)\n" in said
+
+
+def test_a_bar_in_a_file_is_a_line_now_and_then(tmp_path):
+    """2,000 updates of ten a second made a log file of 2,000 lines."""
+    program = (
+        "import time; from tqdm import tqdm; from twins.processes import protect_output\nprotect_output()"
+    )
+    program += "\nfor i in tqdm(range(50)): time.sleep(0.02)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("it/s") <= 3, done.stderr

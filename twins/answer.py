@@ -42,22 +42,41 @@ def answer(results, dataset, titles):
         picture, caption = f"search-{dataset}/expected-best.png", "Expected best of n trials"
     models, attention = studies["models"], read_attention(results / f"models-{dataset}")
     questions = {
-        "Does CC beside CE give better features?": compare_models(models, dataset, main_measure(models)),
+        "Does CC beside CE give better features?": compare_models(models, main_measure(models)),
         "Which of DINO's mechanisms can then go?": list_removals(studies["removal"]),
         "Is training more stable?": compare_collapse(studies["search"]),
     }
     if any("mIoU" in measures(row) for rows in models.values() for row in rows):
-        questions["Is segmentation better?"] = compare_models(models, dataset, "mIoU")
+        questions["Is segmentation better?"] = compare_models(models, "mIoU")
     if models and attention:
         questions["Do attention maps differ?"] = attention_sentence(attention)
     links = [f"[{name}](results/{name}-{dataset}/README.md)" for name in STUDIES if studies[name]]
     parts = [
-        *(textwrap.fill(f"**{question}** {text}", 105) for question, text in questions.items()),
+        *(wrap(f"**{question}** {text}") for question, text in questions.items()),
         overview(studies),
-        f'<img src="results/{picture}" alt="{caption}, {printed(dataset)}" width="420">',
-        f"All rows and tables: {', '.join(links)}; [other results](results/README.md).",
+        f'<img src="results/{picture}" alt="{caption}, {printed(dataset)}" width="400">',
+        wrap(f"{protocol(models, dataset)}All rows: {', '.join(links)}; [other results](results/README.md)."),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def wrap(text):
+    return textwrap.fill(text, 105, break_long_words=False, break_on_hyphens=False)
+
+
+def protocol(models, dataset):
+    """What the figures of the models study are, and whether their number can show anything."""
+    if not models:
+        return ""
+    n, row = (
+        min(len({row["seed"] for row in rows}) for rows in models.values()),
+        next(iter(models.values()))[0],
+    )
+    text = f"Differences in points with 95 % intervals, paired by {n} fresh seed{'s' * (n > 1)} of each "
+    text += f"method's best setting; {printed(dataset)}, {row['budget']:g} PFLOP a run. "
+    comparisons = len(split_titles(models)[0]) * len(split_titles(models)[1])
+    text += f"Yes or no needs p < {SIGNIFICANT} (exact, Holm over {comparisons} comparisons)"
+    return text + (f": {n} seeds cannot give that. " if comparisons * 2 / 2**n > SIGNIFICANT else ". ")
 
 
 def main_measure(models):
@@ -66,10 +85,15 @@ def main_measure(models):
     return "test k-NN" if all("test k-NN" in measures(row) for row in rows) else METRIC
 
 
-def compare_models(models, dataset, measure):
-    """Each hybrid against each single loss: yes or no only where Holm's p over all of these is below 0.05."""
+def split_titles(models):
+    """The names of the hybrids, and those of the methods with one loss."""
     hybrids = [title for title in models if title.startswith("Hybrid")]
-    singles = [title for title in models if title not in hybrids]
+    return hybrids, [title for title in models if title not in hybrids]
+
+
+def compare_models(models, measure):
+    """Each hybrid against each single loss: yes or no only where Holm's p over all of these is below 0.05."""
+    hybrids, singles = split_titles(models)
     if not (hybrids and singles):
         return "Not answered yet: the best settings of the search have not been trained on fresh seeds."
     pairs = [(h, s) for h in hybrids for s in singles]
@@ -85,13 +109,17 @@ def compare_models(models, dataset, measure):
         word = "No."
     else:
         word = "Not shown."
-    n, row = min(map(len, found.values())), models[hybrids[0]][0]
-    against = [f"against {s}: {', '.join(gain(h, found[h, s]) for h in hybrids)}" for s in singles]
-    text = f"{word} Points of {measure} {'; '.join(against)} (95 % intervals over {n} seeds; "
-    text += f"{printed(dataset)}, {row['budget']:g} PFLOP a run)."
-    if len(pairs) * 2 / 2**n > SIGNIFICANT:
-        text += f" {n} seeds are too few for p below {SIGNIFICANT} in {len(pairs)} comparisons."
-    return text
+    sides = ", ".join(side([d for h in hybrids for d in found[h, s]], s) for s in singles)
+    against = [f"against {s}, {' and '.join(gain(h, found[h, s]) for h in hybrids)}" for s in singles]
+    return f"{word} Both hybrids: {sides}. {measure.replace('test', 'Test')} {'; '.join(against)}."
+
+
+def side(differences, single):
+    if all(d > 0 for d in differences):
+        return f"ahead of {single} in every seed"
+    if all(d < 0 for d in differences):
+        return f"behind {single} in every seed"
+    return f"now ahead of {single}, now behind"
 
 
 def gain(name, differences):
@@ -106,9 +134,9 @@ def compare_collapse(search):
     budget = search["DINO"][0]["budget"]
     flat, collapsed = failure_ps(search, rank_fell), failure_ps(search, lambda row: row["collapsed"])
     return (
-        f"Of random settings, {budget:g} PFLOP each, the table counts those whose RankMe fell below a quarter"
-        f" ({flat} against DINO), then also those whose k-NN fell below the untrained network's, which may "
-        f"be slow learning ({collapsed}; exact p, paired by trial)."
+        f"The table counts random settings ({budget:g} PFLOP each) whose RankMe fell below a quarter ({flat} "
+        f"against DINO), then also those whose k-NN fell below the untrained network's, which may be slow "
+        f"learning ({collapsed}; exact, paired by trial)."
     )
 
 
@@ -139,19 +167,21 @@ def list_removals(removals):
 
 
 def overview(studies):
-    """A row a method: its search, then the fresh seeds of its best setting on the test set."""
+    """A row a method: fresh seeds of its best setting on the test set, then its search."""
     search, models = studies["search"], studies["models"]
     measured = [measures(row) for rows in models.values() for row in rows]
     names = [name for name in ("test k-NN", "test linear", "mIoU") if any(name in row for row in measured)]
     lines = []
     for title in search | models:
-        trials, runs = search.get(title, []), models.get(title, [])
-        best, line = best_trial(trials), [title, "", ""]
-        if trials:
-            line = [title, f"{sum(map(rank_fell, trials))} of {len(trials)}", collapsed_share(trials)]
-        line.append(f"{100 * best['knn']:.1f}" if best else "")
+        trials, runs, line = search.get(title, []), models.get(title, []), [title]
         if models:
-            line += [len(runs), collapsed_share(runs) if runs else "", *spreads(runs, names)]
-        lines.append(line)
-    columns = ["method", "random settings: RankMe fell", "or k-NN fell (95 %)", f"best {METRIC}, %"]
-    return table(columns + (["fresh seeds", "collapsed", *names] if models else []), lines)
+            line += [*spreads(runs, names), f"{sum(row['collapsed'] for row in runs)} of {len(runs)}"]
+        best = best_trial(trials)
+        line += (
+            [f"{sum(map(rank_fell, trials))} of {len(trials)}", collapsed_share(trials)]
+            if trials
+            else ["", ""]
+        )
+        lines.append([*line, f"{100 * best['knn']:.1f}" if best else ""])
+    columns = ["method", *([*names, "collapsed"] if models else [])]
+    return table([*columns, "RankMe fell", "or k-NN fell (95 %)", f"best {METRIC}"], lines)

@@ -52,14 +52,18 @@ class Stream:
         return getattr(self.stream, name)
 
 
+NEW_BAR = tqdm.__init__
+
+
 def protect_output():
-    """Makes printing safe; of the processes of torchrun only rank 0 prints."""
+    """Makes printing safe, and bars rare in a file; of the processes of torchrun only rank 0 prints."""
     if sys.__stderr__:
         faulthandler.enable(sys.__stderr__)  # a file that is cut off while it is mapped: SIGBUS
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    bars = {} if sys.stderr.isatty() else {"mininterval": 15}  # seconds; in a file each time is a line
     if under_torchrun() and os.environ["RANK"] != "0":
-        sys.stdout = Stream(None)
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+        sys.stdout, bars = Stream(None), {"disable": True}
+    tqdm.__init__ = functools.partialmethod(NEW_BAR, **bars)
 
 
 def setup(device, dtype, seed):
