@@ -29,9 +29,6 @@ AHEAD_OF_BATCHNORM = (
 )  # with head_bn: their gradient is nothing but rounding
 
 
-TORCHRUN = f'exec {sys.executable} -m torch.distributed.run "$@"'
-
-
 def words_of(script, folder=ROOT, **keys):
     keys = KEYS | ({"freeze_last_layer_epochs": 0.0, "ema": 0.9} if script != "barlow.py" else {}) | keys
     return [str(folder / script), *tiny(script, **keys)]
@@ -241,24 +238,34 @@ def test_the_evaluation_command_gives_one_answer(tmp_path):
 
 
 def test_the_slurm_job_resumes_when_it_is_queued_again(tmp_path):
-    """docs/slurm.sh, with what Slurm would give it: two processes on one node."""
-    stand_ins = {"srun": 'exec "$@"', "scontrol": "echo 127.0.0.1", "torchrun": TORCHRUN}
-    for name, command in stand_ins.items():
+    """docs/slurm.sh, with what Slurm would give it: two processes on one node. torchrun is real at last."""
+
+    def stand_in(name, command):
         (tmp_path / name).write_text(f"#!/bin/sh\n{command}\n")
         (tmp_path / name).chmod(0o755)
+
+    def job(steps):
+        words = words_of("barlow.py", max_steps=steps)
+        command = ["bash", str(ROOT / "docs/slurm.sh"), words[0], f"--out_dir={out}", *words[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_PER_NODE": "2", "PORT": str(port), "OMP_NUM_THREADS": "1"}
     environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    said = []
-    for steps in (1, 2):
-        words = words_of("barlow.py", max_steps=steps)
-        job = ["bash", str(ROOT / "docs/slurm.sh"), words[0], f"--out_dir={tmp_path / 'a run'}", *words[1:]]
-        done = subprocess.run(job, capture_output=True, text=True, timeout=180, env=environment)
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert "resumed" not in said[0] and "ckpt.pt at step 1" in said[1]
-    assert read_checkpoint(tmp_path / "a run" / "ckpt.pt")["step"] == 2
+    out = tmp_path / "a run"
+    stand_in("srun", 'exec "$@"')
+    stand_in("scontrol", "echo 127.0.0.1")
+    stand_in("torchrun", 'echo "$@"')
+    first = job(1)
+    assert f"--nproc_per_node=2 --rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{port}" in first
+    assert "--max_steps=1" in first and "--resume" not in first
+    run(0, "barlow.py", max_steps=1, out_dir=out)
+    stand_in("torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"')
+    assert "ckpt.pt at step 1" in job(2)
+    assert read_checkpoint(out / "ckpt.pt")["step"] == 2
 
 
 @pytest.mark.parametrize("fails", [False, True])
