@@ -8,7 +8,7 @@ import numpy as np
 from twins.errors import UserError
 from twins.files import write_file
 from twins.pictures import printed
-from twins.reports import attention_sentence, collapsed_share, points, read_attention, spreads, table
+from twins.reports import collapsed_share, points, read_attention, spreads, table
 from twins.statistics import bootstrap_interval, holm, sign_flip_p, verdict
 from twins.studies import best_trial, group_rows, measures, pair_with_full, paired, rank_fell, read_rows
 from twins.study_pictures import METRIC
@@ -49,10 +49,10 @@ def answer(results, dataset, titles):
     if any("mIoU" in measures(row) for rows in models.values() for row in rows):
         questions["Is segmentation better?"] = compare_models(models, "mIoU")
     if models and attention:
-        questions["Do attention maps differ?"] = attention_sentence(attention)
+        questions["Do attention maps differ?"] = compare_attention(attention["tests"][0])
     links = [f"[{name}](results/{name}-{dataset}/README.md)" for name in STUDIES if studies[name]]
     parts = [
-        *(wrap(f"**{question}** {text}") for question, text in questions.items()),
+        "\n".join(wrap(f"- **{question}** {text}", "  ") for question, text in questions.items()),
         overview(studies),
         f'<img src="results/{picture}" alt="{caption}, {printed(dataset)}" width="400">',
         wrap(f"{protocol(models, dataset)}All rows: {', '.join(links)}; [other results](results/README.md)."),
@@ -60,8 +60,9 @@ def answer(results, dataset, titles):
     return "\n\n".join(parts) + "\n"
 
 
-def wrap(text):
-    return textwrap.fill(text, 105, break_long_words=False, break_on_hyphens=False)
+def wrap(text, indent=""):
+    options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": indent}
+    return textwrap.fill(text, 105, **options)
 
 
 def protocol(models, dataset):
@@ -127,6 +128,17 @@ def gain(name, differences):
     return f"{name} {mean} ({interval})"
 
 
+def compare_attention(test):
+    """attn_viz.py's test of all methods' maps, in one sentence."""
+    if "p" not in test:
+        return "Not answered yet: that needs two seeds of each method."
+    word = "Yes, by more than seeds do" if test["p"] <= SIGNIFICANT else "Not shown"
+    return (
+        f"{word}: {test['between']:.2f} bits of Jensen-Shannon divergence between methods, "
+        f"{test['within']:.2f} between seeds of one, p = {test['p']:.2g} (permutation test over runs)."
+    )
+
+
 def compare_collapse(search):
     """Whether fewer random settings of a hybrid fail than of DINO, by either sign: p values."""
     if not search or "DINO" not in search:
@@ -184,4 +196,4 @@ def overview(studies):
         )
         lines.append([*line, f"{100 * best['knn']:.1f}" if best else ""])
     columns = ["method", *([*names, "collapsed"] if models else [])]
-    return table([*columns, "RankMe fell", "or k-NN fell (95 %)", f"best {METRIC}"], lines)
+    return table([*columns, "RankMe fell", "or k-NN fell (95 %)", "best k-NN, %"], lines)
