@@ -287,7 +287,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     assert text.startswith("above <!-- answer") and text.endswith("-- end answer --> below")
     gain = 100 * (ahead + np.mean(noise[2] - noise[0]))
     sides = {0.05: "ahead of {} in every seed", -0.05: "behind {} in every seed"}
-    sides = sides.get(ahead, "now ahead of {}, now behind")
+    sides = sides.get(ahead, "ahead of {} in some runs, behind in others")
     said = f"{word} Both hybrids: {sides.format('DINO')}, {sides.format('Barlow Twins')}."
     assert f"better features?** {said} Test k-NN against DINO, Hybrid A {gain:+.1f} (" in text
     assert f"by {seeds} fresh seeds of each method's best setting; CIFAR-10, 0.1 PFLOP a run." in text

@@ -120,7 +120,7 @@ def side(differences, single):
         return f"ahead of {single} in every seed"
     if all(d < 0 for d in differences):
         return f"behind {single} in every seed"
-    return f"now ahead of {single}, now behind"
+    return f"ahead of {single} in some runs, behind in others"
 
 
 def gain(name, differences):
