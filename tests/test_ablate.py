@@ -286,14 +286,16 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     text = " ".join(readme.read_text().split())
     assert text.startswith("above <!-- answer") and text.endswith("-- end answer --> below")
     gain = 100 * (ahead + np.mean(noise[2] - noise[0]))
-    sides = {0.05: "ahead of {} in every seed", -0.05: "behind {} in every seed"}
-    sides = sides.get(ahead, "ahead of {} in some runs, behind in others")
-    said = f"{word} Both hybrids: {sides.format('DINO')}, {sides.format('Barlow Twins')}."
+    sides = {0.05: "ahead of {} in every seed", -0.05: "behind {} in every seed"}.get(ahead, "")
+    shown = word.replace("shown.", f"shown by {seeds} seeds.")
+    said = (
+        f"{shown} Both hybrids: {sides.format('DINO')}, {sides.format('Barlow Twins')}." if sides else shown
+    )
     assert f"better features?** {said} Test k-NN against DINO, Hybrid A {gain:+.1f} (" in text
     assert f"by {seeds} fresh seeds of each method's best setting; CIFAR-10, 0.1 PFLOP a run." in text
     assert (f"{seeds} seeds cannot give that" in text) == (seeds == 3) and "old" not in text
     p = 2 / 2 ** (seeds - 1)  # all pairs but one differ, in one direction
-    assert "(Hybrid A p = 1.000 against DINO)" in text and f"learning (Hybrid A p = {p:.3f};" in text
+    assert "weights': Hybrid A p = 1.000 against" in text and f"learning: Hybrid A p = {p:.3f} (ex" in text
     assert f"| 50.0 ± 0.0 | 0 of {seeds} | 0 of {seeds} | {seeds} of {seeds} (" in text
     assert f"Hybrid A ({seeds} seeds): can go: centering; cannot go: EMA." in text
     assert '<img src="results/models-cifar10/cost.png" alt="k-NN against PFLOP, CIFAR-10"' in text
@@ -306,7 +308,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     test.update(interval95=[0.1, 0.2], exact=True, paired="all", smallest_p=0.01, spread_differs=False)
     write_file(tmp_path / "models-cifar10/attention.json", json.dumps({"tests": [test]}))
     text = " ".join(answer(tmp_path, "cifar10", TITLES).split())
-    word = "No." if seeds == 8 else "Not shown."
+    word = "No." if seeds == 8 else "Not shown by 3 seeds."
     said = f"{word} Both hybrids: behind DINO in every seed, behind Barlow Twins in every seed."
     assert f"segmentation better?** {said} mIoU against DINO, Hybrid A -20.0 (-20.0 to -20.0) and" in text
     said = "0.30 bits of Jensen-Shannon divergence between methods, 0.20 between seeds of one, p = 0.01"

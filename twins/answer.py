@@ -109,10 +109,11 @@ def compare_models(models, measure):
     elif any(all(ahead(h, s, -1) for h in hybrids) for s in singles):
         word = "No."
     else:
-        word = "Not shown."
-    sides = ", ".join(side([d for h in hybrids for d in found[h, s]], s) for s in singles)
+        word = f"Not shown by {min(map(len, found.values()))} seeds."
+    sides = [side([d for h in hybrids for d in found[h, s]], s) for s in singles]
+    sides = f" Both hybrids: {', '.join(filter(None, sides))}." if any(sides) else ""
     against = [f"against {s}, {' and '.join(gain(h, found[h, s]) for h in hybrids)}" for s in singles]
-    return f"{word} Both hybrids: {sides}. {measure.replace('test', 'Test')} {'; '.join(against)}."
+    return f"{word}{sides} {measure.replace('test', 'Test')} {'; '.join(against)}."
 
 
 def side(differences, single):
@@ -120,7 +121,7 @@ def side(differences, single):
         return f"ahead of {single} in every seed"
     if all(d < 0 for d in differences):
         return f"behind {single} in every seed"
-    return f"ahead of {single} in some runs, behind in others"
+    return ""
 
 
 def gain(name, differences):
@@ -146,9 +147,9 @@ def compare_collapse(search):
     budget = search["DINO"][0]["budget"]
     flat, collapsed = failure_ps(search, rank_fell), failure_ps(search, lambda row: row["collapsed"])
     return (
-        f"The table counts random settings ({budget:g} PFLOP each) whose RankMe fell below a quarter ({flat} "
-        f"against DINO), then also those whose k-NN fell below the untrained network's, which may be slow "
-        f"learning ({collapsed}; exact, paired by trial)."
+        f"Random settings ({budget:g} PFLOP each) whose RankMe fell below a quarter of random weights': {flat} "
+        f"against DINO. Then also those whose k-NN fell below theirs, which may be slow learning: {collapsed} "
+        f"(exact, paired by trial)."
     )
 
 
