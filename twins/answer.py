@@ -147,9 +147,9 @@ def compare_collapse(search):
     budget = search["DINO"][0]["budget"]
     flat, collapsed = failure_ps(search, rank_fell), failure_ps(search, lambda row: row["collapsed"])
     return (
-        f"Random settings ({budget:g} PFLOP each) whose RankMe fell below a quarter of random weights': {flat} "
-        f"against DINO. Then also those whose k-NN fell below theirs, which may be slow learning: {collapsed} "
-        f"(exact, paired by trial)."
+        f"Random settings ({budget:g} PFLOP each) whose RankMe fell below a quarter of random weights': "
+        f"{flat} against DINO. Then also those whose k-NN fell below theirs, which may be slow learning: "
+        f"{collapsed} (exact, paired by trial)."
     )
 
 
