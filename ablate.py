@@ -34,10 +34,10 @@ from twins.reports import write_report
 from twins.settings import MECHANISMS, draw_setting, read_script, removals
 from twins.studies import (
     best_setting,
+    finalists,
     only_writer,
     read_rows,
     run_results,
-    sorted_trials,
     unfinished,
     write_rows,
 )
@@ -51,7 +51,7 @@ preset = "small"  # of the scripts; for shapes they have one of that name
 trials = 16  # settings of a search: random ones, or the best of --search_dir [1..]
 seeds = 6  # of every setting in models and removal [1..]
 pflop = 0.0  # floating-point operations of each run, 1e15; 0: what PFLOP says [0..]
-search_dir = ""  # the search whose best settings are used; of models, removal, empty: search-<dataset>
+search_dir = ""  # the search whose best settings are used; empty, of models and removal: results/search-...
 out_dir = ""  # rows, tables and figures; empty: results/<study>-<dataset>
 runs_dir = ""  # the runs and their checkpoints; empty: out/<name of out_dir>
 jobs = 0  # runs at once; 0: one per GPU, or one per CPU core [0..]
@@ -104,18 +104,17 @@ def script_of(name):
 
 def make_cells():
     """The runs of the study in order, each {script, label, seed, setting, budget, id}."""
-    folder, cells = search_dir or f"results/search-{dataset}" * (study != "search"), []
+    folder, numbers, cells = search_dir, [SECOND] if search_dir else range(trials), []
+    if study != "search":
+        folder, numbers = search_dir or f"results/search-{dataset}", range(FRESH, FRESH + seeds)
     searched = read_rows(folder) if folder else []
     if folder and not searched:
         print(f"no search in {folder}: the settings are those of the presets")
-    first, n = (FRESH, seeds) if study != "search" else (SECOND, 1) if folder else (0, trials)
-    for seed in range(first, first + n):
+    for seed in numbers:
         for script in scripts.split(","):
             options = script_of(script)[1]
             if study == "search" and folder:
-                best = sorted_trials(row for row in searched if row["script"] == script)[:trials]
-                settings = {f"trial {row['seed']}": row["setting"] for row in best}
-                settings["by hand"] = BY_HAND.get(script, {})
+                settings = {**finalists(searched, script, trials), "by hand": BY_HAND.get(script, {})}
             elif study == "search":
                 settings = {"trial": draw_setting(SPACE, space_seed, seed, options)}
             else:

@@ -69,13 +69,11 @@ def protocol(models, dataset):
     """What the figures of the models study are, and whether their number can show anything."""
     if not models:
         return ""
-    n, row = (
-        min(len({row["seed"] for row in rows}) for rows in models.values()),
-        next(iter(models.values()))[0],
-    )
+    n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
     text = f"Differences in points with 95 % intervals, paired by {n} fresh seed{'s' * (n > 1)} of each "
-    text += f"method's best setting; {printed(dataset)}, {row['budget']:g} PFLOP a run. "
-    comparisons = len(split_titles(models)[0]) * len(split_titles(models)[1])
+    text += f"method's best setting; {printed(dataset)}, {budget:g} PFLOP a run. "
+    hybrids, singles = split_titles(models)
+    comparisons = len(hybrids) * len(singles)
     text += f"Yes or no needs p < {SIGNIFICANT} (exact, Holm over {comparisons} comparisons)"
     return text + (f": {n} seeds cannot give that. " if comparisons * 2 / 2**n > SIGNIFICANT else ". ")
 
@@ -189,12 +187,10 @@ def overview(studies):
         trials, runs, line = search.get(title, []), models.get(title, []), [title]
         if models:
             line += [*spreads(runs, names), f"{sum(row['collapsed'] for row in runs)} of {len(runs)}"]
+        fell = ["", ""]
+        if trials:
+            fell = [f"{sum(map(rank_fell, trials))} of {len(trials)}", collapsed_share(trials)]
         best = best_trial(trials)
-        line += (
-            [f"{sum(map(rank_fell, trials))} of {len(trials)}", collapsed_share(trials)]
-            if trials
-            else ["", ""]
-        )
-        lines.append([*line, f"{100 * best['knn']:.1f}" if best else ""])
+        lines.append([*line, *fell, f"{100 * best['knn']:.1f}" if best else ""])
     columns = ["method", *([*names, "collapsed"] if models else [])]
     return table([*columns, "RankMe fell", "or k-NN fell (95 %)", "best k-NN, %"], lines)

@@ -85,6 +85,12 @@ def best_setting(rows, script):
     return best["setting"]
 
 
+def finalists(rows, script, n):
+    """{"trial 4": its setting, ...} of a script's n best trials: those of the second round."""
+    best = sorted_trials(row for row in rows if row["script"] == script)[:n]
+    return {f"trial {row['seed']}": row["setting"] for row in best}
+
+
 def group_rows(rows, titles):
     """{name in print: its rows}, of the scripts in titles {script: name in print} that have any."""
     groups = {title: [row for row in rows if row["script"] == script] for script, title in titles.items()}
