@@ -85,8 +85,7 @@ def setup(device, dtype, seed):
     except (RuntimeError, AssertionError, ImportError) as error:
         problem = first_line(error)[:120]
         raise UserError(f"--device={device} does not work here ({problem}): try --device=cpu") from None
-    if dtype == "auto":
-        dtype = "bfloat16" if computes_bfloat16(device) else "float32"
+    dtype = precision(dtype, device)
     print(f"device {device}, {dtype}", flush=True)
     torch.set_default_dtype(torch.float64 if dtype == "float64" else torch.float32)
     if device.type == "cuda":
@@ -102,6 +101,13 @@ def setup(device, dtype, seed):
             libc.mallopt(-4, 0)  # M_MMAP_MAX
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def precision(dtype, device):
+    """What --dtype means on a torch.device: auto is bfloat16 where the hardware computes it, or float32."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if computes_bfloat16(device) else "float32"
 
 
 def computes_bfloat16(device):

@@ -25,7 +25,7 @@ from twins.files import git_state, load_checkpoint, read_log, write_file
 from twins.loggers import start_logger
 from twins.monitor import collapse, not_finite
 from twins.pictures import crops_picture, curves_picture
-from twins.processes import rank, seed_step, to_numbers, world
+from twins.processes import precision, rank, seed_step, to_numbers, world
 from twins.weights import write_export
 
 
@@ -45,7 +45,8 @@ class Run:
         self.backbone, self.device, self.dir = backbone, device, Path(config["out_dir"])
         self.modules = {name: value for name, value in state.items() if isinstance(value, torch.nn.Module)}
         self.backbone_name = name_in(self.modules, backbone)
-        self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.device_name = f"{name}, {precision(config.get('dtype', 'float32'), device)}"
         self.start, self.stop, self.seconds, self.rows, self.parent = 0, 0, 0.0, [], os.getppid()
         self.said, self.unsaved, self.received, self.log_is_whole, self.lr = set(), "", 0, False, 0.0
         self.previous = "ckpt-previous.pt"
