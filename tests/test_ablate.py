@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from twins.files import write_file
 from twins.jobs import run_jobs
 from twins.reports import read_attention, report_study
 from twins.settings import draw_setting, read_script, removals, toggle
+from twins.statistics import t_interval
 from twins.studies import best_setting, paired, read_rows, run_results, unfinished, write_rows
 
 WITH_TEACHER = ("dino", "hybrid_a", "hybrid_b")
@@ -257,7 +259,7 @@ def test_the_readmes_figures_are_those_of_the_rows():
 
 @pytest.mark.parametrize(
     "ahead, seeds, word",
-    [(0.05, 8, "Yes."), (-0.05, 8, "No."), (0.05, 3, "Not shown."), (0.0, 8, "Not shown.")],
+    [(0.05, 8, "Yes"), (-0.05, 8, "No"), (0.05, 3, "After 3 seeds"), (0.0, 8, "Not shown by 8 seeds")],
 )
 def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds, word):
     noise = np.random.default_rng(0).normal(0, 0.01, (4, seeds))
@@ -285,18 +287,21 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
         write_answer(readme, tmp_path, TITLES)
     text = " ".join(readme.read_text().split())
     assert text.startswith("above <!-- answer") and text.endswith("-- end answer --> below")
-    gain = 100 * (ahead + np.mean(noise[2] - noise[0]))
-    sides = {0.05: "ahead of {} in every seed", -0.05: "behind {} in every seed"}.get(ahead, "")
-    shown = word.replace("shown.", f"shown by {seeds} seeds.")
-    said = (
-        f"{shown} Both hybrids: {sides.format('DINO')}, {sides.format('Barlow Twins')}." if sides else shown
-    )
-    assert f"better features?** {said} Test k-NN against DINO, Hybrid A {gain:+.1f} (" in text
-    assert f"by {seeds} fresh seeds of each method's best setting; CIFAR-10, 0.1 PFLOP a run." in text
-    assert (f"{seeds} seeds cannot give that" in text) == (seeds == 3) and "old" not in text
+    sides = {0.05: "better than {}", -0.05: "worse than {}"}.get(ahead, "")
+    said = f"{word}: {sides.format('DINO')}, {sides.format('Barlow Twins')}, for both hybrids in every seed."
+    assert f"better features?** {said if sides else f'{word}.'} - **Which" in text
+    assert f"CIFAR-10, 0.1 PFLOP a run, {seeds} fresh seeds of each method's best setting: mean" in text
+    assert (f"{seeds} seeds cannot give" in text) == (seeds == 3) and "old" not in text
     p = 2 / 2 ** (seeds - 1)  # all pairs but one differ, in one direction
-    assert "weights': Hybrid A p = 1.000 against" in text and f"learning: Hybrid A p = {p:.3f} (ex" in text
-    assert f"| 50.0 ± 0.0 | 0 of {seeds} | 0 of {seeds} | {seeds} of {seeds} (" in text
+    stable = "Yes, by the rule of the study" if p < 0.05 else "Not shown"
+    assert f"stable?** {stable}: of {seeds} random settings at 0.1 PFLOP {seeds} of DINO's coll" in text
+    assert f"collapse, 1 of Hybrid A's (p = {p:.3f}). The" in text
+    assert "RankMe alone falls in 0 of DINO's, 0 of Hybrid A's (p = 1.000)." in text
+    gain, (low, high) = 100 * np.mean(noise[2] - noise[0] + ahead), t_interval(noise[2] - noise[0] + ahead)
+    gain = f"{gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    assert re.search(
+        rf"Hybrid A \| \S+ ± \S+ \| {re.escape(gain)} \| .* \| 50.0 ± 0.0 \| 1 of {seeds + 1} ", text
+    )
     assert f"Hybrid A ({seeds} seeds): can go: centering; cannot go: EMA." in text
     assert '<img src="results/models-cifar10/cost.png" alt="k-NN against PFLOP, CIFAR-10"' in text
     assert "segmentation" not in text and "attention maps" not in text
@@ -308,9 +313,9 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     test.update(interval95=[0.1, 0.2], exact=True, paired="all", smallest_p=0.01, spread_differs=False)
     write_file(tmp_path / "models-cifar10/attention.json", json.dumps({"tests": [test]}))
     text = " ".join(answer(tmp_path, "cifar10", TITLES).split())
-    word = "No." if seeds == 8 else "Not shown by 3 seeds."
-    said = f"{word} Both hybrids: behind DINO in every seed, behind Barlow Twins in every seed."
-    assert f"segmentation better?** {said} mIoU against DINO, Hybrid A -20.0 (-20.0 to -20.0) and" in text
+    word = "No" if seeds == 8 else "After 3 seeds"
+    said = f"{word}: worse than DINO, worse than Barlow Twins, for both hybrids in every seed."
+    assert f"segmentation better?** {said} - **Do" in text
     said = "0.30 bits of Jensen-Shannon divergence between methods, 0.20 between seeds of one, p = 0.01"
     assert f"differ?** Yes, by more than seeds do: {said} (permutation" in text
-    assert f"| 50.0 ± 0.0 | 60.0 ± 0.0 | 0 of {seeds} |" in text
+    assert f"| 50.0 ± 0.0 | 60.0 ± 0.0 | {seeds} of {seeds} (" in text

@@ -1,11 +1,12 @@
 """twins/statistics.py against planted data, hand-worked examples and brute force."""
 
 from itertools import combinations
+from math import inf
 
 import numpy as np
 import pytest
 
-from twins.statistics import bootstrap_interval, expected_best, holm, sign_flip_p, verdict, wilson_interval
+from twins.statistics import expected_best, holm, sign_flip_p, t_interval, verdict, wilson_interval
 
 
 def test_sign_flip_is_calibrated_and_has_power():
@@ -35,12 +36,17 @@ def test_expected_best_is_the_mean_over_all_choices():
         assert best == pytest.approx(np.mean([max(chosen) for chosen in combinations(values, n)]))
 
 
-def test_bootstrap_covers_what_its_docstring_says():
+def test_t_interval_holds_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(2)
-    for n, promised in ((3, 0.75), (6, 0.87)):
-        intervals = [bootstrap_interval(rng.normal(size=n)) for _ in range(400)]
-        covered = np.mean([low <= 0 <= high for low, high in intervals])
-        assert abs(covered - promised) < 0.05, (n, covered)
+    for n in (2, 3, 6, 12, 20):
+        intervals = [t_interval(rng.normal(1, 2, size=n)) for _ in range(4000)]
+        covered = np.mean([low <= 1 <= high for low, high in intervals])
+        assert abs(covered - 0.95) < 0.012, (n, covered)
+
+
+def test_t_interval_by_hand():
+    assert t_interval([1, 2, 3]) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert t_interval([0.1]) == (-inf, inf) and verdict(t_interval([0.1])) == "unclear"
 
 
 def test_wilson_by_hand():

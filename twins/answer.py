@@ -9,8 +9,8 @@ from twins.errors import UserError
 from twins.files import write_file
 from twins.pictures import printed
 from twins.reports import collapsed_share, points, read_attention, spreads, table
-from twins.statistics import bootstrap_interval, holm, sign_flip_p, verdict
-from twins.studies import best_trial, group_rows, measures, pair_with_full, paired, rank_fell, read_rows
+from twins.statistics import holm, sign_flip_p, t_interval, verdict
+from twins.studies import group_rows, measures, pair_with_full, paired, rank_fell, read_rows
 from twins.study_pictures import METRIC
 
 BLOCK = re.compile(r"<!-- answer (\S+) -->\n(.*?)<!-- end answer -->", re.DOTALL)
@@ -52,8 +52,8 @@ def answer(results, dataset, titles):
         questions["Do attention maps differ?"] = compare_attention(attention["tests"][0])
     links = [f"[{name}](results/{name}-{dataset}/README.md)" for name in STUDIES if studies[name]]
     parts = [
-        "\n".join(wrap(f"- **{question}** {text}", "  ") for question, text in questions.items()),
         overview(studies),
+        "\n".join(wrap(f"- **{question}** {text}", "  ") for question, text in questions.items()),
         f'<img src="results/{picture}" alt="{caption}, {printed(dataset)}" width="400">',
         wrap(f"{protocol(models, dataset)}All rows: {', '.join(links)}; [other results](results/README.md)."),
     ]
@@ -70,12 +70,14 @@ def protocol(models, dataset):
     if not models:
         return ""
     n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
-    text = f"Differences in points with 95 % intervals, paired by {n} fresh seed{'s' * (n > 1)} of each "
-    text += f"method's best setting; {printed(dataset)}, {budget:g} PFLOP a run. "
+    text = f"{printed(dataset)}, {budget:g} PFLOP a run, {n} fresh seed{'s' * (n > 1)} of each method's best "
+    text += (
+        "setting: mean ± standard deviation in %; differences in points, paired by seed, with Student's 95 % "
+    )
+    text += f"interval. Yes or no needs p < {SIGNIFICANT} (sign flips, Holm over the hybrids' differences)"
     hybrids, singles = split_titles(models)
-    comparisons = len(hybrids) * len(singles)
-    text += f"Yes or no needs p < {SIGNIFICANT} (exact, Holm over {comparisons} comparisons)"
-    return text + (f": {n} seeds cannot give that. " if comparisons * 2 / 2**n > SIGNIFICANT else ". ")
+    too_few = len(hybrids) * len(singles) * 2 / 2**n > SIGNIFICANT
+    return text + (f", which {n} seeds cannot give. " if too_few else ". ")
 
 
 def main_measure(models):
@@ -98,33 +100,28 @@ def compare_models(models, measure):
     pairs = [(h, s) for h in hybrids for s in singles]
     found = {(h, s): paired(models[h], models[s], measure) for h, s in pairs}
     ps = dict(zip(pairs, holm([sign_flip_p(differences) for differences in found.values()]), strict=True))
+    n = min(map(len, found.values()))
 
     def ahead(h, s, sign):
         return ps[h, s] < SIGNIFICANT and sign * np.mean(found[h, s]) > 0
 
-    if any(all(ahead(h, s, 1) for s in singles) for h in hybrids):
-        word = "Yes."
-    elif any(all(ahead(h, s, -1) for h in hybrids) for s in singles):
-        word = "No."
-    else:
-        word = f"Not shown by {min(map(len, found.values()))} seeds."
     sides = [side([d for h in hybrids for d in found[h, s]], s) for s in singles]
-    sides = f" Both hybrids: {', '.join(filter(None, sides))}." if any(sides) else ""
-    against = [f"against {s}, {' and '.join(gain(h, found[h, s]) for h in hybrids)}" for s in singles]
-    return f"{word}{sides} {measure.replace('test', 'Test')} {'; '.join(against)}."
+    if any(all(ahead(h, s, 1) for s in singles) for h in hybrids):
+        word = "Yes"
+    elif any(all(ahead(h, s, -1) for h in hybrids) for s in singles):
+        word = "No"
+    else:
+        word = f"After {n} seeds" if all(sides) else f"Not shown by {n} seeds"
+    sides = ", ".join(filter(None, sides))
+    return f"{word}: {sides}, for both hybrids in every seed." if sides else f"{word}."
 
 
 def side(differences, single):
     if all(d > 0 for d in differences):
-        return f"ahead of {single} in every seed"
+        return f"better than {single}"
     if all(d < 0 for d in differences):
-        return f"behind {single} in every seed"
+        return f"worse than {single}"
     return ""
-
-
-def gain(name, differences):
-    mean, interval = points(differences)
-    return f"{name} {mean} ({interval})"
 
 
 def compare_attention(test):
@@ -139,27 +136,34 @@ def compare_attention(test):
 
 
 def compare_collapse(search):
-    """Whether fewer random settings of a hybrid fail than of DINO, by either sign: p values."""
+    """Whether fewer random settings of a hybrid collapse than of DINO, and by RankMe alone."""
     if not search or "DINO" not in search:
         return "Not answered yet: there is no search."
-    budget = search["DINO"][0]["budget"]
-    flat, collapsed = failure_ps(search, rank_fell), failure_ps(search, lambda row: row["collapsed"])
+    budget, n = search["DINO"][0]["budget"], len(search["DINO"])
+    collapsed, ps = failures(search, lambda row: row["collapsed"])
+    fell, rank_ps = failures(search, rank_fell)
+    fewer = all(collapsed[title] < collapsed["DINO"] and p < SIGNIFICANT for title, p in ps.items())
+
+    def count(counts, ps):
+        return ", ".join(f"{counts[title]} of {title}'s (p = {p:.3f})" for title, p in ps.items())
+
     return (
-        f"Random settings ({budget:g} PFLOP each) whose RankMe fell below a quarter of random weights': "
-        f"{flat} against DINO. Then also those whose k-NN fell below theirs, which may be slow learning: "
-        f"{collapsed} (exact, paired by trial)."
+        f"{'Yes, by the rule of the study' if fewer else 'Not shown'}: of {n} random settings at {budget:g} "
+        f"PFLOP {collapsed['DINO']} of DINO's collapse, {count(collapsed, ps)}. The rule counts settings "
+        f"that learn too slowly to beat random weights. RankMe alone falls in {fell['DINO']} of DINO's, "
+        f"{count(fell, rank_ps)}."
     )
 
 
-def failure_ps(search, failed):
-    """'Hybrid A p = 0.008, ...': Holm's p of each hybrid against DINO in how many trials failed."""
+def failures(search, failed):
+    """{method: number of trials that failed}, {hybrid: Holm's p of its difference from DINO, by trial}."""
     signs = {title: {row["seed"]: failed(row) for row in rows} for title, rows in search.items()}
     hybrids = [title for title in signs if title.startswith("Hybrid")]
     pairs = [
         [signs[h][n] - signs["DINO"][n] for n in signs[h].keys() & signs["DINO"].keys()] for h in hybrids
     ]
     ps = holm([sign_flip_p(differences) for differences in pairs])
-    return ", ".join(f"{hybrid} p = {p:.3f}" for hybrid, p in zip(hybrids, ps, strict=True))
+    return {title: sum(sign.values()) for title, sign in signs.items()}, dict(zip(hybrids, ps, strict=True))
 
 
 def list_removals(removals):
@@ -170,7 +174,7 @@ def list_removals(removals):
         sorted_out = {"can go": [], "cannot go": [], "unclear": []}
         for label, found in differences.items():
             if label.endswith(" off"):
-                sorted_out[verdict(bootstrap_interval(found))].append(label.removesuffix(" off"))
+                sorted_out[verdict(t_interval(found))].append(label.removesuffix(" off"))
         lists = [f"{word}: {', '.join(names)}" for word, names in sorted_out.items() if names]
         if lists:
             sentences.append(f"{title} ({len(runs['full'])} seeds): {'; '.join(lists)}.")
@@ -178,19 +182,21 @@ def list_removals(removals):
 
 
 def overview(studies):
-    """A row a method: fresh seeds of its best setting on the test set, then its search."""
+    """A row a method: fresh seeds of its best setting on the test set, and its random settings."""
     search, models = studies["search"], studies["models"]
     measured = [measures(row) for rows in models.values() for row in rows]
-    names = [name for name in ("test k-NN", "test linear", "mIoU") if any(name in row for row in measured)]
+    names = [main_measure(models)] if models else []
+    names += [name for name in ("test linear", "mIoU") if any(name in row for row in measured)]
+    singles = split_titles(models)[1]
     lines = []
     for title in search | models:
         trials, runs, line = search.get(title, []), models.get(title, []), [title]
         if models:
-            line += [*spreads(runs, names), f"{sum(row['collapsed'] for row in runs)} of {len(runs)}"]
-        fell = ["", ""]
-        if trials:
-            fell = [f"{sum(map(rank_fell, trials))} of {len(trials)}", collapsed_share(trials)]
-        best = best_trial(trials)
-        lines.append([*line, *fell, f"{100 * best['knn']:.1f}" if best else ""])
-    columns = ["method", *([*names, "collapsed"] if models else [])]
-    return table([*columns, "RankMe fell", "or k-NN fell (95 %)", "best k-NN, %"], lines)
+            line += spreads(runs, names[:1])
+            for single in singles:
+                found = [] if title == single else paired(runs, models[single], names[0])
+                line.append("{} ({})".format(*points(found)) if found else "")
+            line += spreads(runs, names[1:])
+        lines.append([*line, collapsed_share(trials) if trials else ""])
+    columns = ["method", *names[:1], *(f"less that of {single}" for single in singles), *names[1:]]
+    return table([*columns, "random settings collapsed (95 %)"], lines)

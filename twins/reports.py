@@ -9,7 +9,7 @@ from twins.errors import UserError
 from twins.files import read_json, write_file
 from twins.permutation import sentence
 from twins.pictures import printed
-from twins.statistics import bootstrap_interval, expected_best, holm, sign_flip_p, verdict, wilson_interval
+from twins.statistics import expected_best, holm, sign_flip_p, t_interval, verdict, wilson_interval
 from twins.studies import best_trial, group_rows, measures, pair_with_full, paired, read_rows
 from twins.study_pictures import METRIC, best_figure, cost_figure, differences_figure
 
@@ -96,8 +96,13 @@ def percent(values):
 
 
 def points(differences):
-    """Mean and 95 % interval of differences of shares, in points: ('+1.0', '+0.5 to +1.5')."""
-    low, high = bootstrap_interval(differences)
+    """Mean and 95 % interval of differences of shares, in points: ('+1.0', '+0.5 to +1.5').
+
+    One difference has no interval: a dash.
+    """
+    if len(differences) == 1:
+        return f"{100 * differences[0]:+.1f}", "-"
+    low, high = t_interval(differences)
     return f"{100 * np.mean(differences):+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"
 
 
@@ -201,8 +206,6 @@ def differences_table(name, panel, runs=None):
     ps, lines = [sign_flip_p(found) for found in panel.values()], []
     for (label, found), p, corrected in zip(panel.items(), ps, holm(ps), strict=True):
         line = [label, len(found), *points(found), f"{p:.3f}", f"{corrected:.3f}"]
-        lines.append(
-            line + ([collapsed_share(runs[label]), verdict(bootstrap_interval(found))] if runs else [])
-        )
+        lines.append(line + ([collapsed_share(runs[label]), verdict(t_interval(found))] if runs else []))
     columns = [name, "pairs", "points", "95 % interval", "p", "p (Holm)"]
     return table(columns + (["collapsed (95 %)", "verdict"] if runs else []), lines)

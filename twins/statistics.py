@@ -4,24 +4,28 @@ Pure functions of numpy arrays. Few runs say little: the smallest two-sided p of
 """
 
 from itertools import product
-from math import comb, sqrt
+from math import comb, inf, sqrt
 
 import numpy as np
 
 EXACT = 16  # pairs up to which all sign flips are enumerated
 RESAMPLES = 10_000
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 
 
-def bootstrap_interval(values, level=0.95):
-    """(low, high) of the mean of values [n]: percentile bootstrap with a fixed seed (Efron 1979).
+def t_interval(values):
+    """(low, high), the 95 % interval of the mean of values [n], by Student's t; infinite for one value.
 
-    It is too narrow for few values: of 95 % intervals about 87 % hold the mean for n = 6, 75 % for n = 3
-    (normal values; the tests measure it).
+    It holds the mean in 95 % of cases if the values are normal, however few they are. The percentile
+    bootstrap, which is common for many values, does so in 75 % for n = 3 and 87 % for n = 6.
     """
     values = np.asarray(values, float)
-    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    n = len(values)
+    if n < 2:
+        return -inf, inf
+    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96 + 2.4 / (n - 1)
+    half = t * values.std(ddof=1) / sqrt(n)
+    return float(values.mean() - half), float(values.mean() + half)
 
 
 def sign_flip_p(differences):

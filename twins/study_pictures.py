@@ -3,7 +3,7 @@
 import numpy as np
 
 from twins.pictures import new_figure, png
-from twins.statistics import bootstrap_interval
+from twins.statistics import t_interval
 
 METRIC = "held-out k-NN"
 
@@ -46,10 +46,11 @@ def differences_figure(panels, margin=None):
         if margin:
             axis.axvline(100 * margin, color="grey", linewidth=0.8, linestyle="--")
         for label, found in panel.items():
-            y, (low, high) = labels.index(label), bootstrap_interval(found)
+            y, (low, high) = labels.index(label), t_interval(found)
             points = 100 * np.array(found)
             axis.plot(points, [y + 0.15] * len(found), "o", color="C0", markersize=3, alpha=0.6)
-            axis.plot([100 * low, 100 * high], [y - 0.15] * 2, color="C3", linewidth=1.5)
+            if len(found) > 1:
+                axis.plot([100 * low, 100 * high], [y - 0.15] * 2, color="C3", linewidth=1.5)
             axis.plot(points.mean(), y - 0.15, "D", color="C3", markersize=4)
         axis.set(title=title, xlabel="difference, points", yticks=range(len(labels)), yticklabels=labels)
     axis.invert_yaxis()
