@@ -259,7 +259,7 @@ def test_the_readmes_figures_are_those_of_the_rows():
 
 @pytest.mark.parametrize(
     "ahead, seeds, word",
-    [(0.05, 8, "Yes"), (-0.05, 8, "No"), (0.05, 3, "After 3 seeds"), (0.0, 8, "Not shown by 8 seeds")],
+    [(0.05, 8, "Yes: b"), (-0.05, 8, "No: w"), (0.05, 3, "B"), (0.0, 8, "Not shown by 8 seeds.")],
 )
 def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds, word):
     noise = np.random.default_rng(0).normal(0, 0.01, (4, seeds))
@@ -287,9 +287,10 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
         write_answer(readme, tmp_path, TITLES)
     text = " ".join(readme.read_text().split())
     assert text.startswith("above <!-- answer") and text.endswith("-- end answer --> below")
-    sides = {0.05: "better than {}", -0.05: "worse than {}"}.get(ahead, "")
-    said = f"{word}: {sides.format('DINO')}, {sides.format('Barlow Twins')}, for both hybrids in every seed."
-    assert f"better features?** {said if sides else f'{word}.'} - **Which" in text
+    sides = {0.05: "etter than {}", -0.05: "orse than {}"}.get(ahead, "")
+    said = f"{word}{sides.format('DINO')}, b{sides.format('Barlow Twins')}, for both hybrids in each of "
+    said = {0.05: said, -0.05: said.replace(", b", ", w"), 0.0: word}[ahead]
+    assert f"better features?** {said}{f'{seeds} seeds.' * (ahead != 0)} - **Which" in text
     assert f"CIFAR-10, 0.1 PFLOP a run, {seeds} fresh seeds of each method's best setting: mean" in text
     assert (f"{seeds} seeds cannot give" in text) == (seeds == 3) and "old" not in text
     p = 2 / 2 ** (seeds - 1)  # all pairs but one differ, in one direction
@@ -313,9 +314,9 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     test.update(interval95=[0.1, 0.2], exact=True, paired="all", smallest_p=0.01, spread_differs=False)
     write_file(tmp_path / "models-cifar10/attention.json", json.dumps({"tests": [test]}))
     text = " ".join(answer(tmp_path, "cifar10", TITLES).split())
-    word = "No" if seeds == 8 else "After 3 seeds"
-    said = f"{word}: worse than DINO, worse than Barlow Twins, for both hybrids in every seed."
+    said = "No: worse than" if seeds == 8 else "Worse than"
+    said += f" DINO, worse than Barlow Twins, for both hybrids in each of {seeds} seeds."
     assert f"segmentation better?** {said} - **Do" in text
     said = "0.30 bits of Jensen-Shannon divergence between methods, 0.20 between seeds of one, p = 0.01"
     assert f"differ?** Yes, by more than seeds do: {said} (permutation" in text
-    assert f"| 50.0 ± 0.0 | 60.0 ± 0.0 | {seeds} of {seeds} (" in text
+    assert f"| 50.0 ± 0.0 | 60.0 ± 0.0 | {seeds} of {seeds} |" in text

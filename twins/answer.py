@@ -8,7 +8,7 @@ import numpy as np
 from twins.errors import UserError
 from twins.files import write_file
 from twins.pictures import printed
-from twins.reports import collapsed_share, points, read_attention, spreads, table
+from twins.reports import points, read_attention, spreads, table
 from twins.statistics import holm, sign_flip_p, t_interval, verdict
 from twins.studies import group_rows, measures, pair_with_full, paired, rank_fell, read_rows
 from twins.study_pictures import METRIC
@@ -107,13 +107,14 @@ def compare_models(models, measure):
 
     sides = [side([d for h in hybrids for d in found[h, s]], s) for s in singles]
     if any(all(ahead(h, s, 1) for s in singles) for h in hybrids):
-        word = "Yes"
+        word = "Yes: "
     elif any(all(ahead(h, s, -1) for h in hybrids) for s in singles):
-        word = "No"
+        word = "No: "
     else:
-        word = f"After {n} seeds" if all(sides) else f"Not shown by {n} seeds"
+        word = ""
     sides = ", ".join(filter(None, sides))
-    return f"{word}: {sides}, for both hybrids in every seed." if sides else f"{word}."
+    text = f"{sides}, for both hybrids in each of {n} seeds." if sides else f"not shown by {n} seeds."
+    return word + (text if word else text[0].upper() + text[1:])
 
 
 def side(differences, single):
@@ -197,6 +198,7 @@ def overview(studies):
                 found = [] if title == single else paired(runs, models[single], names[0])
                 line.append("{} ({})".format(*points(found)) if found else "")
             line += spreads(runs, names[1:])
-        lines.append([*line, collapsed_share(trials) if trials else ""])
-    columns = ["method", *names[:1], *(f"less that of {single}" for single in singles), *names[1:]]
-    return table([*columns, "random settings collapsed (95 %)"], lines)
+        collapsed = sum(row["collapsed"] for row in trials)
+        lines.append([*line, f"{collapsed} of {len(trials)}" if trials else ""])
+    columns = ["method", *names[:1], *(f"minus {single}" for single in singles), *names[1:]]
+    return table([*columns, "random settings that collapse"], lines)
