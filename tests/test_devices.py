@@ -24,7 +24,7 @@ import data
 import twins.run as run_module
 from conftest import ROOT, SCRIPTS, tiny
 from data import Crop, multi_crop
-from twins import monitor, processes
+from twins import monitor, output, processes
 from twins.files import read_checkpoint
 
 NEEDS_GPU = [
@@ -201,7 +201,7 @@ def test_the_gpus_memory_is_full(train, monkeypatch, capsys):
 
     with pytest.raises(torch.OutOfMemoryError) as error:
         train("dino.py", full)
-    processes.excepthook(error.type, error.value, None)
+    output.excepthook(error.type, error.value, None)
     assert capsys.readouterr().err.endswith("a smaller --batch_size needs less memory\n")
 
 

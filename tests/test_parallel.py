@@ -274,10 +274,10 @@ def test_processes_part_at_the_end_but_not_after_an_error(tmp_path, fails):
     program = f"""
 import atexit, sys
 import torch, torch.distributed as dist
-from twins import processes
+from twins import output, processes
 
 atexit.register(lambda: print("still joined:", dist.is_initialized()))  # runs after the group was left
-sys.excepthook = processes.excepthook
+sys.excepthook = output.excepthook
 processes.setup("cpu", "float32", 0)
 for _ in range(300):  # gloo's threads are busy at the end
     dist.all_reduce(torch.zeros(10), async_op=True)

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from conftest import ROOT, tiny
-from twins import keys, monitor, pictures, processes
+from twins import keys, monitor, output, pictures, processes
 from twins.errors import UserError
 from twins.files import read_log
 
@@ -86,7 +86,7 @@ def test_a_backend_that_is_not_installed_is_not_imported(monkeypatch):
 
 def test_printing_to_ascii_closed_and_full_streams_goes_on():
     ascii = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    print("naïve", file=processes.Stream(ascii), flush=True)
+    print("naïve", file=output.Stream(ascii), flush=True)
     assert ascii.buffer.getvalue() == b"na?ve\n"
     reader, writer = os.pipe()
     os.close(reader)
@@ -94,7 +94,7 @@ def test_printing_to_ascii_closed_and_full_streams_goes_on():
     streams = [os.fdopen(number, "w") for number in (os.dup(writer), writer, full)]
     streams[0].close()
     for stream in [*streams, None]:
-        print("lost" * 10_000, file=processes.Stream(stream), flush=True)
+        print("lost" * 10_000, file=output.Stream(stream), flush=True)
     for stream in streams:
         with contextlib.suppress(OSError):  # here it would be told
             stream.close()
@@ -105,7 +105,7 @@ def test_a_bus_error_is_not_silent(monkeypatch):
     for name in ("stdout", "stderr", "excepthook"):
         monkeypatch.setattr(sys, name, getattr(sys, name))
     faulthandler.disable()
-    processes.protect_output()
+    output.protect_output()
     assert faulthandler.is_enabled()
 
 
@@ -284,18 +284,16 @@ def test_too_little_memory_is_one_sentence(train, little_memory, key, capsys):
     name, value = key.split("=")
     with pytest.raises((RuntimeError, MemoryError)) as error:
         train("dino.py", **{"heads": 1, name: int(value)})
-    processes.excepthook(error.type, error.value, error.tb)
+    output.excepthook(error.type, error.value, error.tb)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("error: ") and said.endswith("a smaller --batch_size needs less memory")
 
 
 def test_memory_errors_of_python_and_numpy_are_known():
-    assert processes.memory_is_full(MemoryError()) and not processes.memory_is_full(
-        RuntimeError("shapes differ")
-    )
+    assert output.memory_is_full(MemoryError()) and not output.memory_is_full(RuntimeError("shapes differ"))
     with pytest.raises(MemoryError) as error:
         __import__("numpy").zeros(10**14)
-    assert processes.memory_is_full(error.value)
+    assert output.memory_is_full(error.value)
 
 
 @pytest.mark.parametrize("device", ["meta", "hpu", "mps:9", "", "opencl", "no device"])
@@ -370,9 +368,7 @@ def test_help_states_limits_once_and_whole(configure, capsys):
 
 def test_a_bar_in_a_file_is_a_line_now_and_then(tmp_path):
     """2,000 updates of ten a second made a log file of 2,000 lines."""
-    program = (
-        "import time; from tqdm import tqdm; from twins.processes import protect_output\nprotect_output()"
-    )
+    program = "import time; from tqdm import tqdm; from twins.output import protect_output\nprotect_output()"
     program += "\nfor i in tqdm(range(50)): time.sleep(0.02)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.count("it/s") <= 3, done.stderr

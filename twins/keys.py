@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from twins.errors import UserError
 from twins.files import load_checkpoint, read_json
-from twins.processes import excepthook, protect_output, under_torchrun
+from twins.output import excepthook, protect_output
+from twins.processes import under_torchrun
 
 KINDS = {
     bool: "True or False",

@@ -1,0 +1,93 @@
+"""What a script prints: it never ends a run, and a failure is told in one sentence."""
+
+import contextlib
+import faulthandler
+import functools
+import os
+import re
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from twins.errors import close_bars, first_line, is_sentence
+from twins.processes import under_torchrun, world
+
+NEW_BAR = tqdm.__init__
+
+
+class Stream:
+    """Standard output or error that may be closed, full or without Unicode: printing never ends a run."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):  # full, closed
+            encoding = self.stream.encoding or "utf-8"
+            return self.stream.write(text.encode(encoding, "replace").decode(encoding))
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def protect_output():
+    """Makes printing safe, and bars rare in a file; of the processes of torchrun only rank 0 prints."""
+    if sys.__stderr__:
+        faulthandler.enable(sys.__stderr__)  # a file that is cut off while it is mapped: SIGBUS
+    sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
+    bars = {} if sys.stderr.isatty() else {"mininterval": 15}  # seconds; in a file each time is a line
+    if under_torchrun() and os.environ["RANK"] != "0":
+        sys.stdout, bars = Stream(None), {"disable": True}
+    tqdm.__init__ = functools.partialmethod(NEW_BAR, **bars)
+
+
+def excepthook(kind, error, trace):
+    """Stands in for sys.excepthook while a script runs."""
+    close_bars()
+    number = int(os.environ["RANK"]) if under_torchrun() else 0
+    if is_sentence(error, trace):
+        if number:  # if rank 0 prints the same sentence, torchrun ends this process meanwhile
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        print(f"error on rank {number}: {error}" if number else f"error: {error}", file=sys.stderr)
+    elif rank_was_lost(error):
+        print(
+            f"error: rank {number} stops, another process of this run ended or hangs ({first_line(error)}); "
+            "ckpt.pt is unchanged since the last save, continue with --resume=True",
+            file=sys.stderr,
+        )
+    elif memory_is_full(error):
+        print(
+            f"error: {first_line(error)}; ckpt.pt is unchanged; "
+            "a smaller network, smaller images or a smaller --batch_size needs less memory",
+            file=sys.stderr,
+        )
+    elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+        print(f"error: torch.compile fails here ({first_line(error)}): use --compile=False", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("stopped; what was saved before is unchanged", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+    if dist.is_initialized():  # gloo's threads would abort a Python that ends, and leaving would wait
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def memory_is_full(error):
+    words = "can't allocate memory|Storage size calculation overflowed"  # a CPU's RuntimeErrors
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or re.search(words, str(error))
+
+
+def rank_was_lost(error):
+    """True for what a collective operation raises when another process is gone."""
+    words = "peer|[Cc]onnection|NCCL|[Tt]imed out"
+    return world() > 1 and isinstance(error, RuntimeError) and re.search(words, str(error))
