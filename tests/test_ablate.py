@@ -307,6 +307,10 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     assert '<img src="results/models-cifar10/cost.png" alt="k-NN against PFLOP, CIFAR-10"' in text
     assert "segmentation" not in text and "attention maps" not in text
 
+    write_rows(tmp_path / "removal-cifar10", [r for r in removed if r["seed"] == 0])
+    said = "Hybrid A (1 seed): no verdict yet. Change of held-out k-NN in points without one: EMA -10.0, cent"
+    assert said + "ering +1.0. - **Is" in " ".join(answer(tmp_path, "cifar10", TITLES).split())
+
     for made in rows:
         made["test"]["mIoU"] = 0.6 - 0.2 * made["script"].startswith("hybrid")
     write_rows(tmp_path / "models-cifar10", rows)

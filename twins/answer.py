@@ -16,6 +16,7 @@ from twins.study_pictures import METRIC
 BLOCK = re.compile(r"<!-- answer (\S+) -->\n(.*?)<!-- end answer -->", re.DOTALL)
 STUDIES = ("search", "models", "removal")
 SIGNIFICANT = 0.05
+VERDICTS = ("can go", "cannot go", "unclear")
 
 
 def write_answer(readme, results, titles):
@@ -168,17 +169,21 @@ def failures(search, failed):
 
 
 def list_removals(removals):
-    """What each script can do without, by the rule of the study."""
+    """What each script can do without, by the rule of the study; after one seed, the differences alone."""
     sentences = []
     for title, rows in removals.items():
         runs, differences = pair_with_full(rows)
-        sorted_out = {"can go": [], "cannot go": [], "unclear": []}
-        for label, found in differences.items():
-            if label.endswith(" off"):
-                sorted_out[verdict(t_interval(found))].append(label.removesuffix(" off"))
-        lists = [f"{word}: {', '.join(names)}" for word, names in sorted_out.items() if names]
-        if lists:
-            sentences.append(f"{title} ({len(runs['full'])} seeds): {'; '.join(lists)}.")
+        seeds = len(runs["full"])
+        off = {label.removesuffix(" off"): found for label, found in differences.items() if " off" in label}
+        if seeds == 1:
+            changes = ", ".join(f"{name} {100 * found[0]:+.1f}" for name, found in off.items())
+            text = f"no verdict yet. Change of {METRIC} in points without one: {changes}"
+        else:
+            verdicts = {name: verdict(t_interval(found)) for name, found in off.items()}
+            lists = {word: [name for name in off if verdicts[name] == word] for word in VERDICTS}
+            text = "; ".join(f"{word}: {', '.join(names)}" for word, names in lists.items() if names)
+        if off:
+            sentences.append(f"{title} ({seeds} seed{'s' * (seeds > 1)}): {text}.")
     return " ".join(sentences) or "Not answered yet: no removal has been run."
 
 
