@@ -178,12 +178,12 @@ def cosine(start, end, step, steps, warmup=0):
 if __name__ == "__main__":
     config = configure(globals())  # the config line: from here on every option has its final value
     device, autocast = setup(device, dtype, seed)
-    init_state = start_from(globals(), ViT) if init and not resume else None
+    init_state = start_from(globals(), ViT) if init and not resume else None  # sets dim, depth ... too
     for size in (image_size, local_size):
         check_size(size, patch_size)
     data = load(dataset, data_dir, image_size, "train", skip_bad_images, cache_size)
     train_indices, bank, queries = training_split(data, knn_bank, knn_queries, batch_size)
-    batches = Batches(data.images, train_indices, batch_size, seed, device, memory_gib)
+    batches = Batches(data.images, train_indices, batch_size, seed, device, memory_gib)  # step -> images
     steps_per_epoch = len(train_indices) // batch_size
     steps = max_steps or epochs * steps_per_epoch
     crops = [Crop(image_size, global_scale, blur=1.0 * blur)]
@@ -206,7 +206,7 @@ if __name__ == "__main__":
     others = [p for p in student.parameters() if p.ndim < 2]  # biases and norms: without weight decay
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=base_lr, weight_decay=wd, fused=True)
-    state.update(optimizer=optimizer, data=fingerprint(data))
+    state.update(optimizer=optimizer, data=fingerprint(data))  # resuming tells if the data has changed
     run = Run(__file__, config, steps, state, eval_backbone, device)  # state: what a checkpoint holds
     if run.start == 0:  # a new run, not a resumed one
         sample = batches(0)[:6]
@@ -223,7 +223,7 @@ if __name__ == "__main__":
         views = multi_crop(batches(step), crops, seed, step)  # a list of [b 3 s s], one for each crop
 
         # --- method
-        warming_up = tau_t < tau_s and epoch < tau_t_warmup_epochs
+        warming_up = tau_t < tau_s and epoch < tau_t_warmup_epochs  # no warm-up without sharpening
         progress = int(epoch) / max(tau_t_warmup_epochs - 1, 1) if warming_up else 1.0
         with autocast:
             z_s, z_t = model(views), teacher(views[:2])
@@ -233,7 +233,7 @@ if __name__ == "__main__":
         loss, parts = ce, {"ce": ce}
         # --- end method
 
-        run.check(step, lr, **parts, loss=loss)
+        run.check(step, lr, **parts, loss=loss)  # stops the run if one is not finite
         optimizer.zero_grad()
         loss.backward()
         if grad_clip:  # each alone, as DINO does
