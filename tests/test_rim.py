@@ -146,7 +146,7 @@ def test_a_run_of_hours_says_so_after_five_seconds(
 ):
     """seconds: of a step; after: this many steps."""
     now, heard = [1000.0], {}
-    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, disable=disable))
     r = network(steps=steps, preset="")
     monkeypatch.setattr(r.bar, "write", lambda text: heard.update({r.done: text}))

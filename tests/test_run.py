@@ -364,3 +364,8 @@ def test_a_checkout_is_edited_where_its_code_is(tmp_path, monkeypatch):
     assert not files.git_state()["git_edited"]
     write_file(tmp_path / "code.py", "2")
     assert files.git_state()["git_edited"]
+
+
+def test_an_unknown_preset_is_refused(train):
+    with pytest.raises(UserError, match="--preset=smal is unknown: choose stl10 or shapes or small"):
+        train("dino.py", preset="smal")

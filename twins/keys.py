@@ -146,7 +146,9 @@ def parse(script, argv=None, presets=()):
     for word in unknown:
         parser.error(f"unknown option {word}: {suggest(word, options)}")
     given = {name: convert(name, options[name], value) for name, value in given.items()}
-    preset = {}
+    preset, named = {}, given.get("preset", "") if "preset" in presets else ""
+    if named and named not in script.get("PRESETS", {}):
+        raise UserError(f"--preset={named} is unknown: choose {' or '.join(script.get('PRESETS', {}))}")
     for name in presets:
         preset.update(script.get("PRESETS", {}).get(given.get(name, options[name].default), {}))
     if wants_help:

@@ -72,7 +72,7 @@ class Run:
         interval = 0.5 if sys.stderr.isatty() else 15
         self.bar = tqdm(total=self.steps, initial=self.start, unit="step", mininterval=interval)
         held.callback(self.bar.close)
-        self.shown, self.clock, self.clock_step, self.done = {}, time.time(), self.start, self.start
+        self.shown, self.clock, self.clock_step, self.done = {}, time.monotonic(), self.start, self.start
         self.signals = dist.new_group(backend="gloo") if world() > 1 else None  # no step waits for it
         self.handlers = {}
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
@@ -105,12 +105,12 @@ class Run:
         """Yields the steps to do, each with its own random numbers; saves; a signal ends it after a step."""
         if self.config["compile"]:
             self.compile()
-        began = time.time()
+        began = time.monotonic()
         for step in range(self.start, self.steps):
             seed_step(self.config["seed"], step)
             yield step
             self.update()
-            self.estimate(time.time() - began)
+            self.estimate(time.monotonic() - began)
             if self.done % self.config["save_every"] == 0 or self.done == self.steps or self.stop:
                 self.save(self.done)
             if self.stop:
@@ -166,7 +166,7 @@ class Run:
         """Starts a log row: the values as numbers, images/s since the last row, a GPU's peak memory."""
         self.check_weights()  # before they are evaluated
         row = to_numbers(values)
-        now = time.time()
+        now = time.monotonic()
         self.seconds += now - self.clock
         row["images_per_s"] = (step - self.clock_step) * self.config["batch_size"] / (now - self.clock)
         row["seconds"] = self.seconds
@@ -202,7 +202,7 @@ class Run:
             self.bar.write(f"warning at step {step}: {warning}")
         self.shown.update({n: f"{row[n]:.3g}" for n in ("loss", "images_per_s", "knn") if n in row})
         self.bar.set_postfix(self.shown, refresh=False)
-        self.clock, self.clock_step = time.time(), step  # the time of evaluations does not count
+        self.clock, self.clock_step = time.monotonic(), step  # the time of evaluations does not count
 
     def draw_crops(self, images, views):
         """crops.png: images uint8 [b 3 s s] and their views, a list of [b 3 v v]."""
@@ -255,7 +255,7 @@ class Run:
             self.bar.write(f"warning at step {step}: {error}")
         with self.attempt("curves.png"):
             self.write("curves.png", curves_picture(self.rows))
-        self.clock = time.time()
+        self.clock = time.monotonic()
 
     def restore(self):
         """Loads the checkpoint into `state`, strictly, and drops the log's later rows."""
