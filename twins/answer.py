@@ -72,10 +72,10 @@ def protocol(models, dataset):
         return ""
     n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
     text = f"{printed(dataset)}, {budget:g} PFLOP a run, {n} fresh seed{'s' * (n > 1)} of each method's best "
+    text += "setting: mean ± standard deviation in %; differences in points, paired by seed, with Student's "
     text += (
-        "setting: mean ± standard deviation in %; differences in points, paired by seed, with Student's 95 % "
+        f"95 % interval. Yes or no needs p < {SIGNIFICANT} (sign flips, Holm over the hybrids' differences)"
     )
-    text += f"interval. Yes or no needs p < {SIGNIFICANT} (sign flips, Holm over the hybrids' differences)"
     hybrids, singles = split_titles(models)
     too_few = len(hybrids) * len(singles) * 2 / 2**n > SIGNIFICANT
     return text + (f", which {n} seeds cannot give. " if too_few else ". ")
@@ -119,9 +119,9 @@ def compare_models(models, measure):
 
 
 def side(differences, single):
-    if all(d > 0 for d in differences):
+    if differences and min(differences) > 0:
         return f"better than {single}"
-    if all(d < 0 for d in differences):
+    if differences and max(differences) < 0:
         return f"worse than {single}"
     return ""
 
@@ -139,7 +139,7 @@ def compare_attention(test):
 
 def compare_collapse(search):
     """Whether fewer random settings of a hybrid collapse than of DINO, and by RankMe alone."""
-    if not search or "DINO" not in search:
+    if "DINO" not in search or not split_titles(search)[0]:
         return "Not answered yet: there is no search."
     budget, n = search["DINO"][0]["budget"], len(search["DINO"])
     collapsed, ps = failures(search, lambda row: row["collapsed"])
@@ -160,10 +160,8 @@ def compare_collapse(search):
 def failures(search, failed):
     """{method: number of trials that failed}, {hybrid: Holm's p of its difference from DINO, by trial}."""
     signs = {title: {row["seed"]: failed(row) for row in rows} for title, rows in search.items()}
-    hybrids = [title for title in signs if title.startswith("Hybrid")]
-    pairs = [
-        [signs[h][n] - signs["DINO"][n] for n in signs[h].keys() & signs["DINO"].keys()] for h in hybrids
-    ]
+    hybrids, dino = split_titles(search)[0], signs["DINO"]
+    pairs = [[signs[h][n] - dino[n] for n in signs[h].keys() & dino.keys()] for h in hybrids]
     ps = holm([sign_flip_p(differences) for differences in pairs])
     return {title: sum(sign.values()) for title, sign in signs.items()}, dict(zip(hybrids, ps, strict=True))
 
@@ -191,19 +189,16 @@ def overview(studies):
     """A row a method: fresh seeds of its best setting on the test set, and its random settings."""
     search, models = studies["search"], studies["models"]
     measured = [measures(row) for rows in models.values() for row in rows]
-    names = [main_measure(models)] if models else []
-    names += [name for name in ("test linear", "mIoU") if any(name in row for row in measured)]
-    singles = split_titles(models)[1]
+    main, singles = main_measure(models), split_titles(models)[1]
+    others = [name for name in ("test linear", "mIoU") if any(name in row for row in measured)]
+    columns = [main, *(f"minus {single}" for single in singles), *others] if models else []
     lines = []
     for title in search | models:
         trials, runs, line = search.get(title, []), models.get(title, []), [title]
         if models:
-            line += spreads(runs, names[:1])
-            for single in singles:
-                found = [] if title == single else paired(runs, models[single], names[0])
-                line.append("{} ({})".format(*points(found)) if found else "")
-            line += spreads(runs, names[1:])
+            pairs = [[] if title == single else paired(runs, models[single], main) for single in singles]
+            differences = ["{} ({})".format(*points(found)) if found else "" for found in pairs]
+            line += [*spreads(runs, [main]), *differences, *spreads(runs, others)]
         collapsed = sum(row["collapsed"] for row in trials)
         lines.append([*line, f"{collapsed} of {len(trials)}" if trials else ""])
-    columns = ["method", *names[:1], *(f"minus {single}" for single in singles), *names[1:]]
-    return table([*columns, "random settings that collapse"], lines)
+    return table(["method", *columns, "random settings that collapse"], lines)

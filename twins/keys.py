@@ -145,12 +145,12 @@ def parse(script, argv=None, presets=()):
     wants_help = given.pop("help", False)
     for word in unknown:
         parser.error(f"unknown option {word}: {suggest(word, options)}")
-    given = {name: convert(name, options[name], value) for name, value in given.items()}
-    preset, named = {}, given.get("preset", "") if "preset" in presets else ""
-    if named and named not in script.get("PRESETS", {}):
-        raise UserError(f"--preset={named} is unknown: choose {' or '.join(script.get('PRESETS', {}))}")
+    named, offered, preset = script.get("PRESETS", {}), dict(options), {}
+    if "preset" in presets:  # a resumed run may have one that is gone
+        offered["preset"] = options["preset"]._replace(choices=("", *named))
+    given = {name: convert(name, offered[name], value) for name, value in given.items()}
     for name in presets:
-        preset.update(script.get("PRESETS", {}).get(given.get(name, options[name].default), {}))
+        preset.update(named.get(given.get(name, options[name].default), {}))
     if wants_help:
         in_force = {name: preset.get(name, option.default) for name, option in options.items()}
         print_help(parser, options, in_force)

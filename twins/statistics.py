@@ -10,6 +10,7 @@ import numpy as np
 
 EXACT = 16  # pairs up to which all sign flips are enumerated
 RESAMPLES = 10_000
+# Student's 97.5 % quantiles for 1 to 14 degrees of freedom; about 1.96 + 2.4 / degrees from there on
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 
 
