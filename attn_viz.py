@@ -188,6 +188,7 @@ if __name__ == "__main__":
             raise UserError(f"--ckpt={ckpt} does not say its data set: give --dataset, or --images=FOLDER")
         data = choose_images(dataset, data_dir, image_size, n_images, seed, skip_bad_images)
 
+    folder = output_folder(config, first_path, dataset or "images")
     report, mean_maps, panels = [], [], {}
     for name, path, backbone, known in tqdm(runs, "attention", unit="run", disable=len(data.images) < 100):
         maps, distance = attend(backbone, data.images, device, autocast)
@@ -209,8 +210,6 @@ if __name__ == "__main__":
     result.update(group_of_run=group_of_run.tolist(), seed_of_run=seed_of_run.tolist(), tests=tests)
     result.update(divergence_bits=d.mean(0).tolist(), images=len(data.images), skipped=skipped)
     result.update(torch=torch.__version__, **git_state())
-    folder = output_folder(config, first_path, dataset or "images")
-    write_file(folder / "attention.json", json.dumps(result, indent=1))
 
     print(f"\n{len(data.images)} images of {images or dataset}, {image_size} pixels, last block\n")
     print_table(report, names)
@@ -221,6 +220,8 @@ if __name__ == "__main__":
             print("\nPairs, each on its own, not corrected for their number:\n" if i else "")
         print(sentence(test, [printed(name) for name in test["groups"]]))
 
+    # last: a full disk does not take the table
+    write_file(folder / "attention.json", json.dumps(result, indent=1))
     write_file(folder / "attention.png", attention_picture(data.images[:rows], panels, data.masks))
     write_file(folder / "divergence.png", divergence_picture(d.mean(0), names, group_of_run, seed_of_run))
     print(f"\nwrote {folder}/attention.png divergence.png attention.json")

@@ -133,6 +133,7 @@ if __name__ == "__main__":
         raise UserError(f"--ckpt={ckpt} does not say what it was trained on: give --dataset")
     image_size = image_size or about["image_size"]
     check_size(image_size, backbone.patch_size)
+    file = output_folder(config, ckpt, dataset) / "eval_linear.json"
     train, test = load_labelled(dataset, data_dir, image_size)
     features = extract_all(backbone, train.images, device, autocast, "training images")
     test_features = extract_all(backbone, test.images, device, autocast, "test images")
@@ -151,8 +152,6 @@ if __name__ == "__main__":
     report.update(torch=torch.__version__, device=str(device), **git_state())
     if Path(ckpt).is_file():
         report["sha256"] = sha256(Path(ckpt).read_bytes())
-    file = output_folder(config, ckpt, dataset) / "eval_linear.json"
-    write_file(file, json.dumps(report, indent=1))
     network = about.get("network", "random weights")
     print(f"\n{ckpt} ({network}) on {dataset}: {len(labels)} training, {len(test_labels)} test images\n")
     print("\n".join(table(results)))
@@ -160,4 +159,5 @@ if __name__ == "__main__":
         print("\nwarning: there is a single class, so that every answer is right")
     elif len(test_labels) < 100:
         print(f"\nwarning: {len(test_labels)} test images are too few to compare networks: see the intervals")
+    write_file(file, json.dumps(report, indent=1))  # last: a full disk does not take the table
     print(f"\nwrote {file}")

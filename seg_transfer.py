@@ -150,7 +150,7 @@ if __name__ == "__main__":
     check_size(image_size, patch_size)
     train_set = load_masks(dataset, data_dir, image_size, "train", skip_bad_images)
     test_set = load_masks(dataset, data_dir, image_size, "test", skip_bad_images)
-    classes = len(train_set.classes)
+    classes, folder = len(train_set.classes), output_folder(config, ckpt, dataset)
     if len(train_set.images) < 2:
         raise UserError(f"{data_dir} has one training image: at least two are needed, one to select with")
     if test_set.masks.max() >= classes:
@@ -183,8 +183,6 @@ if __name__ == "__main__":
     report = {**config, "dataset": dataset, "data_dir": str(data_dir), "image_size": image_size}
     report.update(checkpoint=about, results=results, classes=train_set.classes, attention=attention)
     report.update(torch=torch.__version__, **git_state())
-    folder = output_folder(config, ckpt, dataset)
-    write_file(folder / "seg_transfer.json", json.dumps(report, indent=1))
 
     sizes = f"{len(train_set.images)} training, {len(test_set.images)} test images"
     print(f"\n{ckpt} ({about.get('network', 'random')}) on {dataset}, {image_size} pixels: {sizes}\n")
@@ -198,5 +196,6 @@ if __name__ == "__main__":
     rows = torch.from_numpy(np.random.default_rng((seed, 8)).permutation(len(truth))[:8])
     columns = {"truth": truth[rows], **{name: predictions[name][rows] for name in sources}}
     picture = segmentation_picture(test_set.images[rows], columns, maps[rows].mean(1), train_set.classes)
+    write_file(folder / "seg_transfer.json", json.dumps(report, indent=1))  # last, as a disk may be full
     write_file(folder / "segmentation.png", picture)
     print(f"\nwrote {folder}/segmentation.png seg_transfer.json")

@@ -111,7 +111,13 @@ def launch(words, cwd, processes=0):
         )
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    joined = dict(WORLD_SIZE=processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TORCHELASTIC_RUN_ID=0)
+    joined = dict(
+        WORLD_SIZE=processes,
+        LOCAL_WORLD_SIZE=processes,
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+        TORCHELASTIC_RUN_ID=0,
+    )
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
 
         def run(rank):

@@ -4,8 +4,12 @@ nothing lost.
 
 import errno
 import json
+import os
+import runpy
 import shutil
+import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from safetensors.torch import load
 import data
 from conftest import ROOT, launch, tiny
 from twins import decoding, files, keys, run, weights
-from twins.backbones import load_backbone, trained_on
+from twins.backbones import load_backbone, output_folder, trained_on
 from twins.errors import UserError
 from twins.files import load_checkpoint, read_checkpoint, read_log
 from vit import ViT
@@ -111,6 +115,22 @@ def test_a_failed_save_is_said_at_every_save_and_ends_the_run_in_one_sentence(
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before and not list(tmp_path.rglob("*.part"))
 
 
+def test_the_checkpoint_before_gives_way_on_a_disk_with_room_for_two(small, monkeypatch, tmp_path):
+    """Two checkpoints and what is being written would be three."""
+    folder = tmp_path / "run"
+
+    def open_on_full_disk(path, mode="r", **options):
+        if str(path).endswith("ckpt.pt.part") and (folder / "ckpt-previous.pt").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open(path, mode, **options)
+
+    monkeypatch.setattr(files, "open", open_on_full_disk, raising=False)
+    r = small()
+    steps(r, 0, 1, 2, 3)
+    r.finish()
+    assert [read_checkpoint(folder / name)["step"] for name in ("ckpt.pt", "ckpt-previous.pt")] == [4, 3]
+
+
 def test_the_checkpoint_is_written_first(small, monkeypatch):
     names, write = [], files.write_file
     for module in (run, weights):
@@ -200,6 +220,74 @@ def test_a_lost_log_ends_with_a_table(train, folder, capsys):
     before = content(folder)
     train("hybrid_a.py", out_dir=folder, resume=True, depth=1)
     assert "| minutes of training |" in capsys.readouterr().out and content(folder) == before
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_lost_log_does_not_lose_random_weights_accuracy(small, tmp_path, kept, capsys):
+    """`knn_init` and the first RankMe, with which a collapse is noticed, are those of step 0."""
+    r = small()
+    r.log(0, {"knn": 0.25, "rank": 12.0})
+    steps(r, 0, 1)
+    r.finish()
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[3 - kept :]))
+    r = small(resume=True)
+    assert f"{log} has lost rows; the first is taken from" in capsys.readouterr().out
+    r.log(3, {"knn": 0.5, "rank": 2.0})
+    rows = read_log(log)
+    assert rows[0] == {"step": 0, "knn": 0.25, "knn_init": 0.25, "rank": 12.0}
+    assert rows[-1]["knn_init"] == 0.25 and len(rows) == 2 + kept
+    assert "RankMe fell from 12.0 to 2.0" in "".join(capsys.readouterr())
+
+
+def test_a_log_that_cannot_be_read_is_one_sentence(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"log.jsonl cannot be read \(Is a directory\)"):
+        read_log(tmp_path / "log.jsonl")
+
+
+@pytest.mark.parametrize("word", ["--preset=small", "--init=random.pth", "--seed=1"])
+def test_what_a_run_began_with_cannot_be_changed(configure, folder, word):
+    with pytest.raises(UserError, match=rf"is a run with {word.split('=')[0]}=.*: leave .* out"):
+        configure(folder, word)
+
+
+@pytest.fixture
+def read_only(monkeypatch, tmp_path):
+    """A folder that is mounted read-only, as far as one can ask; the tests may run as root."""
+    folder = tmp_path / "share"
+    folder.mkdir()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and allowed(path, mode))
+    return folder
+
+
+def test_a_folder_that_is_read_only_is_refused_before_the_work(small, read_only):
+    with pytest.raises(UserError, match=r"share cannot be written \(it is read-only\)"):
+        small(out_dir=str(read_only))
+    with pytest.raises(UserError, match=r"share cannot be written \(it is read-only\)"):
+        output_folder({"out_dir": str(read_only)}, "random", "shapes")
+    with pytest.raises(UserError, match=r"cannot be written"):
+        output_folder({"out_dir": __file__}, "random", "shapes")  # a file
+
+
+@pytest.mark.parametrize(
+    "script, table",
+    [
+        ("eval_linear.py", "| linear_avg |"),
+        ("attn_viz.py", "| copy | 1 |"),
+        ("seg_transfer.py", "| this checkpoint |"),
+    ],
+)
+def test_a_full_disk_does_not_take_the_table(monkeypatch, full_disk, folder, capsys, script, table):
+    few = {"attn_viz.py": ["--n_images=8"], "seg_transfer.py": ["--max_steps=1"]}
+    monkeypatch.setattr(sys, "argv", [str(ROOT / script), f"--ckpt={folder}", *few.get(script, [])])
+    for name in ("excepthook", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    full_disk(".json", ".png")
+    with pytest.raises(UserError, match=r"\.json cannot be written \(No space left on device\)"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert table in capsys.readouterr().out
 
 
 def test_a_resume_that_diverges_changes_nothing(train, folder):
@@ -435,12 +523,13 @@ def test_a_row_of_another_type_is_one_sentence_but_for_the_last(tmp_path, line):
 
 def test_values_of_a_log_may_be_anything(small, tmp_path, capsys):
     r = small()
-    steps(r, 0)
+    steps(r, 0, 1)
     r.finish()
-    row = {"step": 1, "rank": "nine", "loss": [1], "knn": None, "teacher_entropy": {}}
-    (tmp_path / "run" / "log.jsonl").write_text(2 * (json.dumps(row) + "\n"))
-    r = small(resume=True, steps=3)
-    r.log(1, {"rank": torch.ones(())})
-    steps(r, 1, 2)
+    row = {"step": 2, "rank": "nine", "loss": [1], "knn": None, "teacher_entropy": {}}
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:
+        log.write(2 * (json.dumps(row) + "\n"))
+    r = small(resume=True, steps=4)
+    r.log(2, {"rank": torch.ones(())})
+    steps(r, 2, 3)
     r.finish()
     assert "".join(capsys.readouterr()).count("warning: ") == 1

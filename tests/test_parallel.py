@@ -153,7 +153,7 @@ def test_a_signal_saves_once_and_any_number_of_processes_go_on(tmp_path, one):
     said, _ = process.communicate(timeout=120)
     assert said.count("and saved; continue with") == 1
     step = read_checkpoint(out / "ckpt.pt")["step"]
-    assert f"stopped at step {step} and saved" in said
+    assert f"stopped at step {step} and saved; continue with: torchrun --nproc_per_node=2 " in said
     for count in (4, 1):
         more = run(count, "hybrid_b.py", out_dir=out, max_steps=step + 2, resume=True)
         assert more.returncode == 0 and f"at step {step}" in more.stdout, more.stderr

@@ -1,5 +1,7 @@
 """Pictures: one scale for attention, every number of a log, names as a paper prints them."""
 
+import os
+
 import pytest
 import torch
 
@@ -62,6 +64,13 @@ def test_pca_colours_are_the_three_largest_components_of_all_tokens():
         pair = torch.stack([colours[..., i].flatten(), planted[:, i].flatten().double()])
         assert abs(torch.corrcoef(pair)[0, 1]) > 0.97
     assert pca_colours(torch.ones(1, 5, 2, 2)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "a$b$c", "$\\frac$", "日本"])
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_names_of_folders_may_be_any(name):
+    picture = divergence_picture(torch.rand(1, 1), [name], torch.zeros(1).long(), torch.zeros(1).long())
+    assert picture[:4] == b"\x89PNG"
 
 
 def test_pictures_print_names_as_a_paper_does(monkeypatch):

@@ -2,6 +2,7 @@
 of the keyboard.
 """
 
+import concurrent.futures
 import contextlib
 import faulthandler
 import functools
@@ -111,14 +112,20 @@ def test_a_bus_error_is_not_silent(monkeypatch):
 
 @pytest.mark.parametrize(
     "environment",
-    [{"WORLD_SIZE": "1"}, {"RANK": ""}, {"TORCHELASTIC_RUN_ID": "none", "RANK": ""}, {"SLURM_PROCID": "3"}],
+    [
+        {"WORLD_SIZE": "1"},
+        {"RANK": ""},
+        {"TORCHELASTIC_RUN_ID": "none", "RANK": ""},
+        {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0"},  # left behind in a shell
+        {"SLURM_PROCID": "3"},
+    ],
 )
 def test_only_torchrun_is_torchrun(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert not processes.under_torchrun()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("RANK", "0")
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
     assert processes.under_torchrun()
 
 
@@ -228,6 +235,12 @@ def test_ignored_signals_stay_ignored(network):
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread_has_no_signals(network):
+    """Python gives signals to the main thread alone."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert list(pool.submit(network, steps=2).result().loop()) == [0, 1]
 
 
 def test_numbers_that_are_not_finite_are_not_logged(network, tmp_path):
@@ -355,6 +368,13 @@ def test_a_usage_error_is_the_line_that_matters(configure, capsys, words, senten
     with pytest.raises(SystemExit) as end:
         configure(*words)
     assert end.value.code == 2 and capsys.readouterr().err == sentence + "\n"
+
+
+def test_help_without_docstrings(functions, capsys):
+    """As python -OO, or PYTHONOPTIMIZE=2, runs a script."""
+    with pytest.raises(SystemExit):
+        keys.configure(functions["hybrid_a.py"] | {"__doc__": None}, ["--help"])
+    assert "None" not in capsys.readouterr().out
 
 
 def test_help_states_limits_once_and_whole(configure, capsys):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from twins.errors import UserError
+from twins.files import make_folder
 from twins.keys import convert, parse
 from twins.weights import build, read_backbone
 
@@ -68,7 +69,7 @@ def trained_on(config, about):
 
 
 def output_folder(config, ckpt, dataset):
-    """Where results go: --out_dir, else next to the checkpoint."""
+    """Where results go, made if it is not there: --out_dir, else next to the checkpoint. Raises UserError."""
     path = Path(ckpt)
     beside = f"out/random-{dataset}" if ckpt == "random" else path if path.is_dir() else path.parent
-    return Path(config["out_dir"] or beside)
+    return make_folder(config["out_dir"] or beside)

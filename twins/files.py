@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,10 @@ PATHS = [(PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathl
 
 
 def write_file(path, content, previous=None):
-    """Writes bytes or str atomically and keeps the old file as `previous`. Raises UserError if that fails."""
+    """Writes bytes or str atomically and keeps the old file as `previous`, which gives way on a full disk.
+
+    Raises UserError if that fails.
+    """
     partial = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +35,22 @@ def write_file(path, content, previous=None):
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)  # it would fill the disk
+        if error.errno == errno.ENOSPC and previous and previous.exists() and path.exists():
+            previous.unlink()
+            return write_file(path, content, previous)
         raise UserError(f"{path} cannot be written ({error.strerror}); earlier files are unchanged") from None
+
+
+def make_folder(path):
+    """Makes a folder, if it is not there, and returns its Path. Raises UserError if it cannot be written."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, "it is read-only")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from None
+    return path
 
 
 def read_json(path):
@@ -48,7 +67,10 @@ def read_json(path):
 
 def read_log(path):
     """A log's rows, dicts with `step`; the last may be cut off. Raises UserError for another broken line."""
-    lines, rows = path.read_text(errors="replace").splitlines() if path.exists() else [], []
+    try:
+        lines, rows = path.read_text(errors="replace").splitlines() if path.exists() else [], []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
     for i, line in enumerate(lines):
         try:
             rows.append(json.loads(line))

@@ -135,7 +135,7 @@ def parse(script, argv=None, presets=()):
         sys.excepthook = excepthook
         protect_output()
     options = read_options(script["__file__"])
-    parser = Parser(description=script["__doc__"], allow_abbrev=False, add_help=False)
+    parser = Parser(description=script["__doc__"] or "", allow_abbrev=False, add_help=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for name in options:
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
@@ -246,7 +246,7 @@ def tell_changes(out_dir, config, given):
         if key not in ("resume", "out_dir", "data_dir") and value != config[key]
     ]
     for key in changed:
-        if key in ("dataset", "seed"):
+        if key in ("dataset", "preset", "init", "seed"):
             raise UserError(
                 f"{out_dir} is a run with --{key}={config[key]}: leave --{key} out, or use another --out_dir"
             )

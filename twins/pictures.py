@@ -41,7 +41,8 @@ PANELS = {  # of curves.png: how names of log columns begin; the first that fits
 
 
 def printed(name):
-    return NAMES.get(name, name)
+    """A name as a paper prints it; of a folder's name, ? for what is not UTF-8."""
+    return NAMES.get(name, name).encode(errors="replace").decode()
 
 
 @functools.cache
@@ -69,6 +70,8 @@ def new_figure(width, height, **layout):
 
 
 def png(figure):
+    for text in figure.findobj(load_matplotlib().text.Text):
+        text.set_parse_math(False)  # a folder's name may hold dollar signs
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     return buffer.getvalue()

@@ -16,7 +16,8 @@ from twins.errors import UserError, first_line
 
 
 def under_torchrun():
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "") != ""
+    names = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(os.environ.get(name) for name in names)
 
 
 def rank():

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from twins.backbones import name_in
 from twins.decoding import locked
 from twins.errors import UserError, first_line
-from twins.files import git_state, load_checkpoint, read_log, write_file
+from twins.files import git_state, load_checkpoint, make_folder, read_log, write_file
 from twins.loggers import start_logger
 from twins.monitor import collapse, not_finite
 from twins.pictures import crops_picture, curves_picture
@@ -74,22 +75,19 @@ class Run:
         held.callback(self.bar.close)
         self.shown, self.clock, self.clock_step, self.done = {}, time.monotonic(), self.start, self.start
         self.signals = dist.new_group(backend="gloo") if world() > 1 else None  # no step waits for it
-        self.handlers = {}
+        self.handlers, in_main_thread = {}, threading.current_thread() is threading.main_thread()
         for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            if signal.getsignal(number) != signal.SIG_IGN and in_main_thread:  # nohup ignores SIGHUP
                 self.handlers[number] = signal.signal(number, self.on_signal)
                 held.callback(signal.signal, number, self.handlers[number])
 
     def take_folder(self, held):
         """Keeps other runs out of the folder until this one ends."""
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(self.dir, wait=False))
+            held.enter_context(locked(make_folder(self.dir), wait=False))
         except BlockingIOError:
             problem = f"another process is writing into {self.dir}: give another --out_dir"
             raise UserError(f"{problem}; to share a run, start its processes with torchrun") from None
-        except OSError as error:
-            raise UserError(f"{self.dir} cannot be written ({error.strerror})") from None
 
     def describe(self):
         self.write("config.json", self.about)
@@ -194,12 +192,11 @@ class Run:
             self.log_is_whole = True
         with self.attempt("the logger"):
             self.logger(row)
-        warning = ""
         with self.attempt("the warning of a collapse"):  # rows of a resumed run may be anything
-            warning = "" if "collapse" in self.said else collapse(self.rows, self.steps, self.config)
-        if warning:
-            self.said.add("collapse")
-            self.bar.write(f"warning at step {step}: {warning}")
+            warning = collapse(self.rows, self.steps, self.config)
+            if warning and "collapse" not in self.said:
+                self.said.add("collapse")
+                self.bar.write(f"warning at step {step}: {warning}")
         self.shown.update({n: f"{row[n]:.3g}" for n in ("loss", "images_per_s", "knn") if n in row})
         self.bar.set_postfix(self.shown, refresh=False)
         self.clock, self.clock_step = time.monotonic(), step  # the time of evaluations does not count
@@ -239,9 +236,9 @@ class Run:
         kind = type(self.backbone)
         known = {"name": self.backbone_name, "module": kind.__module__, "class": kind.__name__}
         known["args"] = getattr(self.backbone, "args", None)
-        saved = {"script": self.script.stem, "step": step, "seconds": self.seconds}
+        saved = {"step": step, "seconds": self.seconds, "first_row": self.rows[:1], "config": self.config}
         buffer = io.BytesIO()
-        torch.save({**saved, "config": self.config, "backbone": known, **state}, buffer)
+        torch.save({"script": self.script.stem, **saved, "backbone": known, **state}, buffer)
         try:
             self.write("ckpt.pt", buffer.getvalue(), self.previous)
             self.previous = "ckpt-previous.pt"
@@ -272,6 +269,10 @@ class Run:
             raise UserError(f"{problem} ({first_line(error)})") from None
         self.start, self.seconds = saved["step"], saved["seconds"]
         self.rows = [row for row in read_log(self.dir / "log.jsonl") if row["step"] <= self.start]
+        first = saved.get("first_row") or self.rows[:1]
+        if self.rows[:1] != first:
+            print(f"warning: {self.dir}/log.jsonl has lost rows; the first is taken from {path}")
+            self.rows = first + [row for row in self.rows if row["step"] > first[0]["step"]]
         for name, value in self.state.items():
             if isinstance(value, str) and saved.get(name) != value:
                 print(f"warning: the {name} changed since this run began: held-out images may be trained on")
@@ -282,18 +283,18 @@ class Run:
 
     def finish(self):
         """Closes the bar, prints the results or how to resume; exits after a signal. UserError if unsaved."""
-        step = self.done
         Run.held.close()
         if self.unsaved:
-            raise UserError(f"the run ended at step {step} but its last save failed: {self.unsaved}")
-        if self.stop and step < self.steps:
-            command = f"python {sys.argv[0]} --out_dir={shlex.quote(str(self.dir))} --resume=True"
-            print(f"stopped at step {step} and saved; continue with: {command}")
+            raise UserError(f"the run ended at step {self.done} but its last save failed: {self.unsaved}")
+        if self.stop and self.done < self.steps:
+            torchrun = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}"
+            command = shlex.join([sys.argv[0], f"--out_dir={self.dir}", "--resume=True"])
+            command = f"{torchrun if world() > 1 else 'python'} {command}"
+            print(f"stopped at step {self.done} and saved; continue with: {command}")
             sys.exit(128 + self.stop)
         print(f"\n| {self.script.stem} on {self.config['dataset']} | |\n|---|---|")
-        result = {**self.rows[-1]} if self.rows else {}  # log.jsonl may be lost
-        result.update({"minutes of training": self.seconds / 60, "seed": self.config["seed"]})
-        for name, value in result.items():
+        result = {"minutes of training": self.seconds / 60, "seed": self.config["seed"]}
+        for name, value in {**dict(*self.rows[-1:]), **result}.items():
             print(f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |")
         print(f"| device | {self.device_name} |\n")
         print(f"in {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")
