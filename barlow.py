@@ -5,7 +5,7 @@ X1, X2 are random views of an image, Z1, Z2 their projections; z1, z2: columns s
     C = z1^T z2 / B    L = CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D
 
 Each view goes through the projector alone, as in the official code: its BatchNorm sees one view. The division
-by D is ours. AdamW, for LARS collapses with a ViT.
+by D is ours. AdamW, because LARS collapses with a ViT.
 
     python barlow.py --dataset=shapes                        a few minutes on two CPU cores
     python barlow.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 pixels
@@ -29,7 +29,7 @@ from vit import ViT, check_size
 dataset = "cifar10"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
 data_dir = "data"  # where its files are, or are downloaded to
 out_dir = ""  # where the run writes; empty: out/<script>-<dataset>
-preset = ""  # named changes of the defaults, see PRESETS: small
+preset = ""  # changes of the defaults, see PRESETS: small (shapes and stl10 come with their data set)
 skip_bad_images = False  # of a folder: leave out files that cannot be read, up to 1 %
 memory_gib = 8.0  # images up to this size are held on the device, larger sets are read ahead from disk [0..]
 resume = False  # continue the run in out_dir
@@ -198,7 +198,7 @@ if __name__ == "__main__":
         run.check(step, lr, **parts, loss=loss)  # stops the run if one is not finite
         optimizer.zero_grad()
         loss.backward()
-        if grad_clip:  # each alone, as DINO does
+        if grad_clip:  # per parameter tensor, as in DINO's code
             grads = [p.grad for p in student.parameters() if p.grad is not None]
             scale = (grad_clip / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1)
             torch._foreach_mul_(grads, list(scale))

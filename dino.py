@@ -11,7 +11,7 @@ The official code step for step, but: L2 epsilon 1e-6 (there 1e-12); tau_t warms
     python dino.py --dataset=shapes                        a few minutes on two CPU cores
     python dino.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 + 6 x 16 pixels
 
-Letters in shapes:  b images  u teacher views  v student views  k prototypes  d width of the ViT
+Letters in shapes:  b images  u teacher views  v student views  k prototypes  d width
 """
 
 import math
@@ -32,7 +32,7 @@ from vit import ViT, check_size, init_weights
 dataset = "cifar10"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
 data_dir = "data"  # where its files are, or are downloaded to
 out_dir = ""  # where the run writes; empty: out/<script>-<dataset>
-preset = ""  # named changes of the defaults, see PRESETS: small
+preset = ""  # changes of the defaults, see PRESETS: small (shapes and stl10 come with their data set)
 skip_bad_images = False  # of a folder: leave out files that cannot be read, up to 1 %
 memory_gib = 8.0  # images up to this size are held on the device, larger sets are read ahead from disk [0..]
 resume = False  # continue the run in out_dir
@@ -197,7 +197,7 @@ if __name__ == "__main__":
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
     center = torch.zeros(out_dim, device=device)
-    pairs = 1 - torch.eye(2, len(crops), device=device)  # [u v], equal views never meet
+    pairs = 1 - torch.eye(2, len(crops), device=device)  # [u v], a crop is not compared with itself
     state = {"student": student, "teacher": teacher, "center": center}
     eval_backbone = teacher.backbone  # the one that is evaluated and exported
     # --- end method
@@ -236,7 +236,7 @@ if __name__ == "__main__":
         run.check(step, lr, **parts, loss=loss)  # stops the run if one is not finite
         optimizer.zero_grad()
         loss.backward()
-        if grad_clip:  # each alone, as DINO does
+        if grad_clip:  # per parameter tensor, as in DINO's code
             grads = [p.grad for p in student.parameters() if p.grad is not None]
             scale = (grad_clip / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1)
             torch._foreach_mul_(grads, list(scale))

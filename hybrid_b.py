@@ -12,7 +12,7 @@ z1, z2: columns standardised over the batch (Zbontar et al., 2103.03230). The di
     python hybrid_b.py --dataset=shapes                        a few minutes on two CPU cores
     python hybrid_b.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 3 x 32 + 6 x 16 pixels
 
-Letters in shapes:  b images  u teacher views  v student views  k prototypes  d width of the ViT
+Letters in shapes:  b images  u teacher views  v student views  k prototypes  d width
 """
 
 import math
@@ -33,7 +33,7 @@ from vit import ViT, check_size, init_weights
 dataset = "cifar10"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
 data_dir = "data"  # where its files are, or are downloaded to
 out_dir = ""  # where the run writes; empty: out/<script>-<dataset>
-preset = ""  # named changes of the defaults, see PRESETS: small
+preset = ""  # changes of the defaults, see PRESETS: small (shapes and stl10 come with their data set)
 skip_bad_images = False  # of a folder: leave out files that cannot be read, up to 1 %
 memory_gib = 8.0  # images up to this size are held on the device, larger sets are read ahead from disk [0..]
 resume = False  # continue the run in out_dir
@@ -270,7 +270,7 @@ if __name__ == "__main__":
         run.check(step, lr, **parts, loss=loss)  # stops the run if one is not finite
         optimizer.zero_grad()
         loss.backward()
-        if grad_clip:  # each alone, as DINO does
+        if grad_clip:  # per parameter tensor, as in DINO's code
             grads = [p.grad for p in student.parameters() if p.grad is not None]
             scale = (grad_clip / (torch.stack(torch._foreach_norm(grads)) + 1e-6)).clamp(max=1)
             torch._foreach_mul_(grads, list(scale))

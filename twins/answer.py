@@ -71,14 +71,15 @@ def protocol(models, dataset):
     if not models:
         return ""
     n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
-    text = f"{printed(dataset)}, {budget:g} PFLOP a run, {n} fresh seed{'s' * (n > 1)} of each method's best "
-    text += "setting: mean ± standard deviation in %; differences in points, paired by seed, with Student's "
-    text += (
-        f"95 % interval. Yes or no needs p < {SIGNIFICANT} (sign flips, Holm over the hybrids' differences)"
-    )
     hybrids, singles = split_titles(models)
     too_few = len(hybrids) * len(singles) * 2 / 2**n > SIGNIFICANT
-    return text + (f", which {n} seeds cannot give. " if too_few else ". ")
+    return (
+        f"{printed(dataset)}, {budget:g} PFLOP a run, {n} fresh seed{'s' * (n > 1)} of each method's best "
+        "setting: mean ± standard deviation in %; differences in points, paired by seed, with Student's 95 % "
+        f"interval; the figure: held-out training images. Yes or no needs p < {SIGNIFICANT} "
+        "(paired sign-flip test, Holm over the hybrids' differences)"
+        f"{f', which {n} seeds cannot give' * too_few}. "
+    )
 
 
 def main_measure(models):
@@ -150,9 +151,9 @@ def compare_collapse(search):
         return ", ".join(f"{counts[title]} of {title}'s (p = {p:.3f})" for title, p in ps.items())
 
     return (
-        f"{'Yes, by the rule of the study' if fewer else 'Not shown'}: of {n} random settings at {budget:g} "
-        f"PFLOP {collapsed['DINO']} of DINO's collapse, {count(collapsed, ps)}. The rule counts settings "
-        f"that learn too slowly to beat random weights. RankMe alone falls in {fell['DINO']} of DINO's, "
+        f"{'Yes' if fewer else 'Not shown'}. Of {n} random settings at {budget:g} PFLOP, {collapsed['DINO']} "
+        f"of DINO's collapse, {count(collapsed, ps)}: their k-NN ends below random weights', which may also "
+        f"be slow learning, or their RankMe below a quarter. RankMe alone: {fell['DINO']} of DINO's, "
         f"{count(fell, rank_ps)}."
     )
 

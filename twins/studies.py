@@ -7,6 +7,7 @@ from pathlib import Path
 from twins.decoding import locked
 from twins.errors import UserError
 from twins.files import read_json, read_log, write_file
+from twins.settings import MECHANISMS
 from twins.study_pictures import METRIC
 
 
@@ -105,7 +106,8 @@ def measures(row):
 
 def pair_with_full(rows):
     """{label: rows} of a script's removals, "full" first, and {label: differences} of those with pairs."""
-    labels = dict.fromkeys(row["label"] for row in rows if row["label"] != "full")
+    order = [f"{name} {state}" for name in (*MECHANISMS, "all") for state in ("off", "on")]
+    labels = sorted({row["label"] for row in rows} - {"full"}, key=order.index)
     runs = {label: [row for row in rows if row["label"] == label] for label in ("full", *labels)}
     differences = {label: paired(runs[label], runs["full"], METRIC) for label in labels}
     return runs, {label: found for label, found in differences.items() if found}
