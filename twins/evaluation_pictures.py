@@ -75,7 +75,7 @@ def draw_tiles(lines, rows, foot=0.0):
             left += 2 * GAP
     tall = min(rows * (TILE + GAP) - GAP, 4)
     box = ((width - BAR + 0.1) / width, (height - HEADING - tall) / height, 0.15 / width, tall / height)
-    label = "log2(attention / uniform)"
+    label = "log2(attention / uniform); white: uniform"
     figure.colorbar(attention_scale(), cax=figure.add_axes(box), label=label, extend="both")
     return figure, first
 
@@ -129,7 +129,8 @@ def divergence_picture(mean, names, groups, seeds):
     right.imshow(table, cmap="viridis", vmin=0, vmax=float(mean.max()))
     for a, b in np.argwhere(~np.isnan(table)):
         colour = "white" if table[a, b] < 0.6 * mean.max() else "black"
-        right.text(b, a, f"{table[a, b]:.3f}", ha="center", va="center", color=colour, fontsize=8)
+        number = f"{table[a, b]:.3f}" if table[a, b] >= 0.001 else "< 0.001"
+        right.text(b, a, number, ha="center", va="center", color=colour, fontsize=8)
     titles = ("runs", "groups: mean over runs,\nof different seeds where possible")
     middles = [(a + b - 1) / 2 for a, b in pairwise(starts)]
     labels = [textwrap.fill(printed(name), 16) for name in names]

@@ -37,11 +37,13 @@ def cost_figure(groups):
 
 def differences_figure(panels, margin=None):
     """{panel: {label: differences}}: a dot per seed, mean and 95 % interval beside them, a line at zero."""
-    longest = max(map(len, panels.values()))
-    figure = new_figure(2.2 + 2.6 * len(panels), 1 + 0.3 * longest, layout="constrained")
     labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
-    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+    columns, lines = min(len(panels), 3), -(-len(panels) // 3)
+    figure = new_figure(2.2 + 2.6 * columns, lines * (1 + 0.3 * len(labels)), layout="constrained")
+    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (title, panel) in zip(axes, panels.items(), strict=False):
         axis.axvline(0, color="black", linewidth=0.8)
         if margin:
             axis.axvline(100 * margin, color="grey", linewidth=0.8, linestyle="--")
@@ -53,5 +55,5 @@ def differences_figure(panels, margin=None):
                 axis.plot([100 * low, 100 * high], [y - 0.15] * 2, color="C3", linewidth=1.5)
             axis.plot(points.mean(), y - 0.15, "D", color="C3", markersize=4)
         axis.set(title=title, xlabel="difference, points", yticks=range(len(labels)), yticklabels=labels)
-    axis.invert_yaxis()
+    axes[0].invert_yaxis()  # of all
     return png(figure)
