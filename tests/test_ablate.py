@@ -312,13 +312,14 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     assert re.search(
         rf"Hybrid A \| \S+ ± \S+ \| {re.escape(gain)} \| .* \| 50.0 ± 0.0 \| 1 of {seeds + 1} ", text
     )
-    assert f"Hybrid A ({seeds} seeds): can go: centering; cannot go: EMA." in text
+    verdicts = "can go: centering +1.0; cannot go: EMA -10.0; its best setting has none of: multi-crop."
+    assert f"Hybrid A ({seeds} seeds, 30.0 in full, random weights 20.0): {verdicts}" in text
     assert '<img src="results/models-cifar10/cost.png" alt="k-NN against PFLOP, CIFAR-10"' in text
     assert "segmentation" not in text and "attention maps" not in text
 
     write_rows(tmp_path / "removal-cifar10", [r for r in removed if r["seed"] == 0])
-    said = "Hybrid A (1 seed): no verdict yet. Change of held-out k-NN in points without one: cent"
-    assert said + "ering +1.0, EMA -10.0. - **Is" in " ".join(answer(tmp_path, "cifar10", TITLES).split())
+    said = "no verdict yet: centering +1.0, EMA -10.0; its best setting has none of: multi-crop. - **Is"
+    assert said in " ".join(answer(tmp_path, "cifar10", TITLES).split())
 
     for made in rows:
         made["test"]["mIoU"] = 0.6 - 0.2 * made["script"].startswith("hybrid")

@@ -16,7 +16,7 @@ from twins.study_pictures import METRIC
 BLOCK = re.compile(r"<!-- answer (\S+) -->\n(.*?)<!-- end answer -->", re.DOTALL)
 STUDIES = ("search", "models", "removal")
 SIGNIFICANT = 0.05
-VERDICTS = ("can go", "cannot go", "unclear")
+VERDICTS = ("no verdict yet", "can go", "cannot go", "unclear", "its best setting has none of")
 
 
 def write_answer(readme, results, titles):
@@ -168,22 +168,24 @@ def failures(search, failed):
 
 
 def list_removals(removals):
-    """What each script can do without, by the rule of the study; after one seed, the differences alone."""
+    """What each script can do without, by the rule of the study; no verdict after one seed."""
     sentences = []
     for title, rows in removals.items():
         runs, differences = pair_with_full(rows)
-        seeds = len(runs["full"])
-        off = {label.removesuffix(" off"): found for label, found in differences.items() if " off" in label}
-        if seeds == 1:
-            changes = ", ".join(f"{name} {100 * found[0]:+.1f}" for name, found in off.items())
-            text = f"no verdict yet. Change of {METRIC} in points without one: {changes}"
-        else:
-            verdicts = {name: verdict(t_interval(found)) for name, found in off.items()}
-            lists = {word: [name for name in off if verdicts[name] == word] for word in VERDICTS}
-            text = "; ".join(f"{word}: {', '.join(names)}" for word, names in lists.items() if names)
-        if off:
-            sentences.append(f"{title} ({seeds} seed{'s' * (seeds > 1)}): {text}.")
-    return " ".join(sentences) or "Not answered yet: no removal has been run."
+        full, lists = runs["full"], {}
+        for label, found in differences.items():
+            name, _, state = label.rpartition(" ")
+            if state == "on":
+                lists.setdefault("its best setting has none of", []).append(name)
+            else:
+                word = "no verdict yet" if len(full) == 1 else verdict(t_interval(found))
+                lists.setdefault(word, []).append(f"{name} {100 * np.mean(found):+.1f}")
+        text = "; ".join(f"{word}: {', '.join(lists[word])}" for word in sorted(lists, key=VERDICTS.index))
+        now, random = (100 * np.mean([row[name] for row in full]) for name in ("knn", "knn_init"))
+        runs_of = f"{len(full)} seed{'s' * (len(full) > 1)}, {now:.1f} in full, random weights {random:.1f}"
+        sentences += [f"{title} ({runs_of}): {text}."] if differences else []
+    points_of = f"Change of {METRIC} in points without each. "
+    return points_of + " ".join(sentences) if sentences else "Not answered yet: no removal has been run."
 
 
 def overview(studies):
