@@ -308,7 +308,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     assert f"collapse, 1 of Hybrid A's (p = {p:.3f}): their" in text
     assert "RankMe alone: 0 of DINO's, 0 of Hybrid A's (p = 1.000)." in text
     gain, (low, high) = 100 * np.mean(noise[2] - noise[0] + ahead), t_interval(noise[2] - noise[0] + ahead)
-    gain = f"{gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    gain = f"{gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     assert re.search(
         rf"Hybrid A \| \S+ ± \S+ \| {re.escape(gain)} \| .* \| 50.0 ± 0.0 \| 1 of {seeds + 1} ", text
     )

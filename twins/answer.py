@@ -200,8 +200,10 @@ def overview(studies):
         trials, runs, line = search.get(title, []), models.get(title, []), [title]
         if models:
             pairs = [[] if title == single else paired(runs, models[single], main) for single in singles]
-            differences = ["{} ({})".format(*points(found)) if found else "" for found in pairs]
+            differences = [
+                "{} [{}]".format(*points(found)).replace(" to ", ", ") if found else "" for found in pairs
+            ]
             line += [*spreads(runs, [main]), *differences, *spreads(runs, others)]
         collapsed = sum(row["collapsed"] for row in trials)
         lines.append([*line, f"{collapsed} of {len(trials)}" if trials else ""])
-    return table(["method", *columns, "random settings that collapse"], lines)
+    return table(["method", *columns, "collapsed settings"], lines)
