@@ -16,7 +16,7 @@ from twins.study_pictures import METRIC
 BLOCK = re.compile(r"<!-- answer (\S+) -->\n(.*?)<!-- end answer -->", re.DOTALL)
 STUDIES = ("search", "models", "removal")
 SIGNIFICANT = 0.05
-VERDICTS = ("no verdict yet", "can go", "cannot go", "unclear", "its best setting has none of")
+VERDICTS = ("no verdict yet", "can go", "cannot go", "unclear", "already left out")
 
 
 def write_answer(readme, results, titles):
@@ -43,8 +43,8 @@ def answer(results, dataset, titles):
         picture, caption = f"search-{dataset}/expected-best.png", "Expected best of n trials"
     models, attention = studies["models"], read_attention(results / f"models-{dataset}")
     questions = {
-        "Does CC beside CE give better features?": compare_models(models, main_measure(models)),
-        "Which of DINO's mechanisms can then go?": list_removals(studies["removal"]),
+        "Does adding CC give better features?": compare_models(models, main_measure(models)),
+        "Which of DINO's mechanisms become unnecessary?": list_removals(studies["removal"]),
         "Is training more stable?": compare_collapse(studies["search"]),
     }
     if any("mIoU" in measures(row) for rows in models.values() for row in rows):
@@ -54,8 +54,8 @@ def answer(results, dataset, titles):
     links = [f"[{name}](results/{name}-{dataset}/README.md)" for name in STUDIES if studies[name]]
     parts = [
         overview(studies),
+        f'<img align="right" width="330" src="results/{picture}" alt="{caption}, {printed(dataset)}">',
         "\n".join(wrap(f"- **{question}** {text}", "  ") for question, text in questions.items()),
-        f'<img src="results/{picture}" alt="{caption}, {printed(dataset)}" width="400">',
         wrap(f"{protocol(models, dataset)}All rows: {', '.join(links)}; [other results](results/README.md)."),
     ]
     return "\n\n".join(parts) + "\n"
@@ -71,14 +71,15 @@ def protocol(models, dataset):
     if not models:
         return ""
     n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
+    minutes = [row["seconds"] / 60 for rows in models.values() for row in rows]
     hybrids, singles = split_titles(models)
     too_few = len(hybrids) * len(singles) * 2 / 2**n > SIGNIFICANT
     return (
-        f"{printed(dataset)}, {budget:g} PFLOP a run, {n} fresh seed{'s' * (n > 1)} of each method's best "
-        "setting: mean ± standard deviation in %; differences in points, paired by seed, with Student's 95 % "
-        f"interval; the figure: held-out training images. Yes or no needs p < {SIGNIFICANT} "
-        "(paired sign-flip test, Holm over the hybrids' differences)"
-        f"{f', which {n} seeds cannot give' * too_few}. "
+        f"{printed(dataset)}, {n} fresh seed{'s' * (n > 1)} of each method's best setting, {budget:g} PFLOP "
+        f"({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard deviation in %; "
+        "differences in points, paired by seed, with Student's 95 % interval. The figure has k-NN on "
+        f"held-out training images. A comparison of methods is yes or no if p < {SIGNIFICANT} (paired "
+        f"sign-flip test, Holm){f', which {n} seeds cannot reach' * too_few}. "
     )
 
 
@@ -115,7 +116,7 @@ def compare_models(models, measure):
     else:
         word = ""
     sides = ", ".join(filter(None, sides))
-    text = f"{sides}, for both hybrids in each of {n} seeds." if sides else f"not shown by {n} seeds."
+    text = f"{sides}, for both hybrids in each of {n} seeds." if sides else f"inconclusive with {n} seeds."
     return word + (text if word else text[0].upper() + text[1:])
 
 
@@ -134,7 +135,7 @@ def compare_attention(test):
     word = "Yes, by more than seeds do" if test["p"] <= SIGNIFICANT else "Not shown"
     return (
         f"{word}: {test['between']:.2f} bits of Jensen-Shannon divergence between methods, "
-        f"{test['within']:.2f} between seeds of one, p = {test['p']:.2g} (permutation test over runs)."
+        f"{test['within']:.2f} between seeds of one method, p = {test['p']:.2g} (permutation test over runs)."
     )
 
 
@@ -152,9 +153,9 @@ def compare_collapse(search):
 
     return (
         f"{'Yes' if fewer else 'Not shown'}. Of {n} random settings at {budget:g} PFLOP, {collapsed['DINO']} "
-        f"of DINO's collapse, {count(collapsed, ps)}: their k-NN ends below random weights', which may also "
-        f"be slow learning, or their RankMe below a quarter. RankMe alone: {fell['DINO']} of DINO's, "
-        f"{count(fell, rank_ps)}."
+        f"of DINO's collapse, {count(collapsed, ps)}. Collapsed: final k-NN below that of random weights "
+        "(possibly just slow learning), or RankMe below a quarter of theirs. By RankMe alone: "
+        f"{fell['DINO']} of DINO's, {count(fell, rank_ps)}."
     )
 
 
@@ -176,16 +177,20 @@ def list_removals(removals):
         for label, found in differences.items():
             name, _, state = label.rpartition(" ")
             if state == "on":
-                lists.setdefault("its best setting has none of", []).append(name)
+                lists.setdefault("already left out", []).append(name)
             else:
-                word = "no verdict yet" if len(full) == 1 else verdict(t_interval(found))
+                word = "no verdict yet" if len(found) == 1 else verdict(t_interval(found))
                 lists.setdefault(word, []).append(f"{name} {100 * np.mean(found):+.1f}")
         text = "; ".join(f"{word}: {', '.join(lists[word])}" for word in sorted(lists, key=VERDICTS.index))
         now, random = (100 * np.mean([row[name] for row in full]) for name in ("knn", "knn_init"))
-        runs_of = f"{len(full)} seed{'s' * (len(full) > 1)}, {now:.1f} in full, random weights {random:.1f}"
-        sentences += [f"{title} ({runs_of}): {text}."] if differences else []
-    points_of = f"Change of {METRIC} in points without each. "
-    return points_of + " ".join(sentences) if sentences else "Not answered yet: no removal has been run."
+        level = f"{now:.1f} with nothing removed, {random:.1f} random weights"
+        counts = sorted({len(found) for found in differences.values()})
+        seeds = f"{' or '.join(map(str, counts))} seed{'s' * (counts[-1:] > [1])}"
+        sentences += [f"{title} ({seeds}; {level}): {text}."] if differences else []
+    if not sentences:
+        return "Not answered yet: no removal has been run."
+    budget = next(iter(removals.values()))[0]["budget"]
+    return f"Change of {METRIC} in points without one, at {budget:g} PFLOP. {' '.join(sentences)}"
 
 
 def overview(studies):
@@ -194,7 +199,7 @@ def overview(studies):
     measured = [measures(row) for rows in models.values() for row in rows]
     main, singles = main_measure(models), split_titles(models)[1]
     others = [name for name in ("test linear", "mIoU") if any(name in row for row in measured)]
-    columns = [main, *(f"minus {single}" for single in singles), *others] if models else []
+    columns = [main, *(f"vs {single}" for single in singles), *others] if models else []
     lines = []
     for title in search | models:
         trials, runs, line = search.get(title, []), models.get(title, []), [title]
