@@ -337,3 +337,8 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     )
     assert f"differ?** Yes, by more than seeds do: {said} (permutation" in text
     assert f"| 50.0 ± 0.0 | 60.0 ± 0.0 | {seeds} of {seeds} |" in text
+
+
+def test_a_script_without_a_docstring_has_its_files_name(tmp_path):
+    (tmp_path / "mine.py").write_text("PRESETS = {}\nwd = 0.1  # weight decay\n")
+    assert read_script(tmp_path / "mine.py", ()) == ("mine", {"wd": 0.1})

@@ -42,7 +42,7 @@ def read_script(path, presets):
     options = {name: option.default for name, option in read_options(path).items()}
     for name in presets:
         options.update(names["PRESETS"].get(name, {}))
-    return names["__doc__"].partition(":")[0], options
+    return (names["__doc__"] or Path(path).stem).partition(":")[0], options  # python -OO has no docstrings
 
 
 def draw_setting(space, seed, trial, options):
