@@ -415,6 +415,7 @@ def test_more_steps_are_a_jump_of_the_learning_rate(configure, folder, capsys):
         ("max_steps", "7", None),
         ("centering", 0, "--centering=0: it must be True or False"),
         ("centering", "no", "--centering=no: it must be True or False"),
+        ("max_steps", "9" * 999 + "x", f"--max_steps={'9' * 80}: it must be a whole number"),
         ("max_steps", [3], r"--max_steps=\[3\]: it must be a whole number"),
         ("depth", 10**400, "--depth=10000.*: it must be from 1 to 1000000000"),
         ("base_lr", 10**400, "--base_lr=1000.*: it must be a number"),

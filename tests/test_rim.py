@@ -8,6 +8,7 @@ import faulthandler
 import functools
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -214,6 +215,11 @@ def test_a_divergence_names_step_rate_and_part_and_gives_back_what_the_run_took(
     again.save(1)
     again.finish()
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_learning_rate_of_0_is_not_to_blame_for_a_divergence(network):
+    with pytest.raises(UserError, match=r"loss is inf at step 0, learning rate 0, nothing was saved yet$"):
+        network().check(0, 0.0, loss=torch.tensor(math.inf))
 
 
 def test_the_next_run_takes_over_from_one_whose_script_failed(network):

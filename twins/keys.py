@@ -74,21 +74,21 @@ def read_comment(default, comment):
 
 def convert(name, option, value):
     """A value from the command line or a file in its option's type. Raises UserError if it does not fit."""
-    kind = type(option.default)
+    kind, said = type(option.default), f"--{name}={str(value)[:80]}"
     try:
         converted = from_text(value, kind) if isinstance(value, str) else from_json(value, kind)
     except (ValueError, OverflowError):
-        raise UserError(f"--{name}={value}: it must be {KINDS[kind]}") from None
+        raise UserError(f"{said}: it must be {KINDS[kind]}") from None
     if option.choices and converted not in option.choices:
         choices = dict.fromkeys(choice for choice in option.choices if choice)
-        raise UserError(f"--{name}={value} is unknown: choose {' or '.join(choices)}")
+        raise UserError(f"{said} is unknown: choose {' or '.join(choices)}")
     if kind in (int, float, tuple):
         numbers = converted if kind is tuple else (converted,)
         high = LARGEST if kind is int and option.high == math.inf else option.high
         if not all(option.low <= number <= high and abs(number) < math.inf for number in numbers):
-            raise UserError(f"--{name}={value}: it must be from {plain(option.low)} to {plain(high)}")
+            raise UserError(f"{said}: it must be from {plain(option.low)} to {plain(high)}")
         if len(numbers) != (len(option.default) if kind is tuple else 1) or list(numbers) != sorted(numbers):
-            raise UserError(f"--{name}={value}: it must be {len(option.default)} numbers in ascending order")
+            raise UserError(f"{said}: it must be {len(option.default)} numbers in ascending order")
     return converted
 
 

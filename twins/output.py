@@ -66,7 +66,7 @@ def excepthook(kind, error, trace):
         )
     elif memory_is_full(error):
         print(
-            f"error: {first_line(error)}; ckpt.pt is unchanged; "
+            f"error: {first_line(error)}; what was saved before is unchanged; "
             "a smaller network, smaller images or a smaller --batch_size needs less memory",
             file=sys.stderr,
         )

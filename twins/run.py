@@ -101,8 +101,8 @@ class Run:
 
     def loop(self):
         """Yields the steps to do, each with its own random numbers; saves; a signal ends it after a step."""
-        if self.config["compile"]:
-            self.compile()
+        for module in self.modules.values() if self.config["compile"] else ():
+            module.compile(options={"fallback_random": True})  # the random numbers of a run without it
         began = time.monotonic()
         for step in range(self.start, self.steps):
             seed_step(self.config["seed"], step)
@@ -153,7 +153,8 @@ class Run:
     def diverge(self, what, step):
         Run.held.close()
         saved = "ckpt.pt is sound" if (self.dir / "ckpt.pt").exists() else "nothing was saved yet"
-        raise UserError(f"{what} at step {step}, learning rate {self.lr:.3g}, {saved}: try a lower --base_lr")
+        hint = ": try a lower --base_lr" if self.lr else ""  # at 0 it is not to blame
+        raise UserError(f"{what} at step {step}, learning rate {self.lr:.3g}, {saved}{hint}")
 
     def check_weights(self):
         """Raises UserError, naming the tensor, for weights or gradients that are not finite."""
@@ -206,11 +207,6 @@ class Run:
         names = [f"view {v + 1}, {view.shape[-1]} pixels" for v, view in enumerate(views)]
         with self.attempt("crops.png"):
             self.write("crops.png", crops_picture(images, views, names))
-
-    def compile(self):
-        """torch.compile for all modules of the run; random numbers stay those of a run without it."""
-        for module in self.modules.values():
-            module.compile(options={"fallback_random": True})
 
     @contextlib.contextmanager
     def attempt(self, what):
@@ -288,8 +284,8 @@ class Run:
             raise UserError(f"the run ended at step {self.done} but its last save failed: {self.unsaved}")
         if self.stop and self.done < self.steps:
             torchrun = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}"
-            command = shlex.join([sys.argv[0], f"--out_dir={self.dir}", "--resume=True"])
-            command = f"{torchrun if world() > 1 else 'python'} {command}"
+            words = shlex.join([sys.argv[0], f"--out_dir={self.dir}", "--resume=True"])
+            command = f"{'python' if world() == 1 else torchrun} {words}"
             print(f"stopped at step {self.done} and saved; continue with: {command}")
             sys.exit(128 + self.stop)
         print(f"\n| {self.script.stem} on {self.config['dataset']} | |\n|---|---|")
