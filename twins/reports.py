@@ -193,7 +193,8 @@ def report_removal(groups):
     tables, panels = [], {}
     for title, rows in groups.items():
         runs, panels[title] = pair_with_full(rows)
-        tables.append(f"{title}: in full {percent([row['knn'] for row in runs['full']])} {METRIC}.")
+        now, random = (percent([row[name] for row in runs["full"]]) for name in ("knn", "knn_init"))
+        tables.append(f"{title}: {METRIC} {now} with nothing removed, {random} with random weights.")
         tables.append(differences_table(title, panels[title], runs))
     panels = {title: panel for title, panel in panels.items() if panel}
     return tables, {"removal.png": differences_figure(panels, -0.02)} if panels else {}
