@@ -74,8 +74,8 @@ FLAT = "is in none of the 2 class folders"
 NPZ = dict(dataset="imagenet32")
 BAD = {  # what is made in a folder, what is loaded, what is said
     "unknown data set": (lambda r: None, dict(dataset="cifar11"), "cifar11 is unknown: choose one of shapes"),
-    "no folder": (lambda r: r.rmdir(), {}, "is no folder: give the one that holds"),
-    "a file for a folder": (lambda r: (r.rmdir(), broken(r)), {}, "is no folder"),
+    "no folder": (lambda r: r.rmdir(), {}, "is not a folder: give the one that holds"),
+    "a file for a folder": (lambda r: (r.rmdir(), broken(r)), {}, "is not a folder"),
     "nothing in it": (lambda r: None, {}, "holds nothing: put images into"),
     "no images": (lambda r: broken(r / "train/a/notes.txt"), {}, "holds 1 files, none with an image's name"),
     "only hidden images": (lambda r: broken(r / "train/a/.0.jpg"), {}, "none with an image's name"),
@@ -105,7 +105,7 @@ BAD = {  # what is made in a folder, what is loaded, what is said
     "one bad image": (
         lambda r: one_in_two_hundred(r, 1),
         {},
-        r"a/0.jpg .*: mend or remove, or .* --skip_bad_images=True",
+        r"a/0.jpg .*: fix or remove it, or .* --skip_bad_images=True",
     ),
     "two bad images": (
         lambda r: one_in_two_hundred(r, 2),
@@ -126,7 +126,7 @@ BAD = {  # what is made in a folder, what is loaded, what is said
     "cut off npz": (
         lambda r: cut(imagenet(r) / "train_data_batch_1.npz"),
         NPZ,
-        "batch_1.npz is no whole batch",
+        "batch_1.npz is not a complete batch",
     ),
     "labels from 0": (
         lambda r: imagenet(r, low=0),
@@ -149,7 +149,7 @@ BAD = {  # what is made in a folder, what is loaded, what is said
     "other keys": (
         lambda r: np.savez(r / "train_data_batch_1.npz", x=1),
         NPZ,
-        "no whole batch of ImageNet-32",
+        "not a complete batch",
     ),
 }
 

@@ -115,7 +115,7 @@ def test_a_split_alone_can_be_trained_on_and_classes_may_be_called_like_splits_i
 @pytest.mark.parametrize("inner", ["photos/train", "photos/Val", "train/train"])
 def test_a_folder_around_the_splits_is_no_class(inner, tmp_path):
     tree(tmp_path, *(f"{inner}/{name}" for name in LABELLED))
-    with pytest.raises(UserError, match=r"give --data_dir=.*photos$|name of a split, no class"):
+    with pytest.raises(UserError, match=r"give --data_dir=.*photos$|name of a split, not of a class"):
         load(tmp_path)
 
 
@@ -196,7 +196,7 @@ def test_a_folder_that_cannot_be_entered_is_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", guarded)
-    with pytest.raises(UserError, match=r"train/b cannot be entered \(Permission denied\)"):
+    with pytest.raises(UserError, match=r"train/b cannot be opened \(Permission denied\)"):
         load(tmp_path)
 
 
@@ -457,7 +457,7 @@ def test_an_npz_bomb_is_a_sentence(tmp_path, monkeypatch):
         return parts
 
     monkeypatch.setattr(zipfile.ZipFile, "infolist", large)
-    with pytest.raises(UserError, match=r"no whole batch of ImageNet-32 \(it unpacks to 16 GiB\)"):
+    with pytest.raises(UserError, match=r"not a complete batch \(it unpacks to 16 GiB\)"):
         datasets.load("imagenet32", tmp_path, 32)
 
 

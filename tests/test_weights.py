@@ -205,7 +205,9 @@ def test_keys_in_the_way_are_named(model, tmp_path):
     refused({**state, "blocks.1.mlp.w12.weight": torch.zeros(2)}, "blocks.1.mlp.w12.weight is unknown")
     refused({name: x for name, x in state.items() if name != "norm.bias"}, "norm.bias is missing")
     refused(timm_vit(mlp_ratio=2).state_dict(), "blocks.0.mlp.fc1.weight is [256, 128], not [512, 128]")
-    refused({**state, "pos_embed": torch.zeros(1, 16 + 3, 128)}, "pos_embed [1, 19, 128] is no square grid")
+    refused(
+        {**state, "pos_embed": torch.zeros(1, 16 + 3, 128)}, "pos_embed [1, 19, 128] is not a square grid"
+    )
     refused({"model": state, "model.cls_token": state["cls_token"]}, "two tensors model.cls_token")
     refused({**state, "module.cls_token": state["cls_token"]}, "two tensors cls_token")
     more = {f"decoder_blocks.{i}.weight": torch.zeros(2) for i in range(9)}

@@ -64,7 +64,7 @@ def trained_on(config, about):
     """The data set to evaluate on and its folder: those given, else those the run was trained on, else ''."""
     known = about.get("dataset", ""), about.get("data_dir", "data")
     if not all(isinstance(text, str) for text in known):
-        raise UserError(f"the data of --ckpt={config['ckpt']} are no text: give --dataset and --data_dir")
+        raise UserError(f"the data of --ckpt={config['ckpt']} are not text: give --dataset and --data_dir")
     return config["dataset"] or known[0], config["data_dir"] or known[1]
 
 

@@ -172,7 +172,7 @@ def fetch(kind, data_dir, **which):
             where = getattr(kind, "base_folder", "")
             url = getattr(kind, "url", "the address in torchvision's documentation")
             raise UserError(
-                f"{data_dir}/{where} holds no whole copy of {kind.__name__}, and its download failed "
+                f"{data_dir}/{where} has no complete copy of {kind.__name__}, and its download failed "
                 f"({error}). Put the unpacked files there (from {url}), or use --dataset=shapes, which needs "
                 "no files."
             ) from None
@@ -200,7 +200,7 @@ def imagenet32(root, split):
             with np.load(file, allow_pickle=False) as content:
                 pixels, classes = content["data"], np.asarray(content["labels"])
         except Exception as error:  # numpy and zipfile raise many kinds for broken files
-            raise UserError(f"{file} is no whole batch of ImageNet-32 ({error}): download it again") from None
+            raise UserError(f"{file} is not a complete batch ({error}): download it again") from None
         if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
             found = f"{pixels.dtype} {list(pixels.shape)}"
             raise UserError(f"{file} holds data {found}, not uint8 [n 3072]: 32 x 32 images are needed")

@@ -78,7 +78,7 @@ def read_log(path):
                 raise TypeError
         except (ValueError, KeyError, TypeError, RecursionError):
             if i < len(lines) - 1:
-                raise UserError(f"line {i + 1} of {path} is broken: mend or remove it") from None
+                raise UserError(f"line {i + 1} of {path} is broken: fix or remove it") from None
             return rows[:i]
     return rows
 

@@ -34,7 +34,7 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     `cache_size` if given, 0 for cache_side(). Raises UserError where it is not clear what is meant.
     """
     if not Path(data_dir).is_dir():
-        raise UserError(f"--data_dir={data_dir} is no folder: give the one that holds train/<class>/*.jpg")
+        raise UserError(f"--data_dir={data_dir} is not a folder: give the one that holds train/<class>/*.jpg")
     top = without_masks(Path(data_dir))
     found = splits(top)
     root = split_folder(top, found, split)
@@ -98,7 +98,7 @@ def refuse_wrapping(top, root, classes):
         if inner.is_dir() and splits(inner):
             raise UserError(f"{inner} holds {', '.join(splits(inner))}: give --data_dir={inner}")
         if classes[0].lower() in SPLITS:
-            raise UserError(f"{inner} is the name of a split, no class: move what it holds to {root}")
+            raise UserError(f"{inner} is the name of a split, not of a class: move what it holds to {root}")
 
 
 def refuse_others(top, root, found):
@@ -121,7 +121,7 @@ def below(root, path):
 
 
 def unreadable(error):
-    raise UserError(f"{error.filename} cannot be entered ({error.strerror}): mend or move it") from None
+    raise UserError(f"{error.filename} cannot be opened ({error.strerror}): fix or move it") from None
 
 
 def is_hidden(name):
@@ -208,7 +208,7 @@ def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BIC
     try:
         stats = [(below(root, path), os.stat(path)) for path in paths]
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend or remove it") from None
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): fix or remove it") from None
     lines = [decoding.VERSION, *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)]
     folder = root.parent / ".cache"
     if not os.access(root.parent, os.W_OK):
@@ -232,9 +232,9 @@ def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BIC
         sentence += f", nor {len(broken) - 1} more, such as {', '.join(broken[1:4])}" if broken[1:] else ""
         count = f"{len(broken)} of {len(paths)} images"
         if len(broken) > 0.01 * len(paths):
-            raise UserError(f"{sentence}: {count} are too many to leave out, mend or remove them")
+            raise UserError(f"{sentence}: {count} are too many to leave out, fix or remove them")
         if not skip_bad_images:
-            raise UserError(f"{sentence}: mend or remove, or leave out with --skip_bad_images=True")
+            raise UserError(f"{sentence}: fix or remove it, or leave it out with --skip_bad_images=True")
         print(f"left out {count}: {sentence}", flush=True)
     return images, [paths[i] for i in decoding.rows_of(flags)]
 

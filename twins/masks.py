@@ -53,7 +53,7 @@ def load_masks(dataset, data_dir, image_size, split="train", skip_bad_images=Fal
         masks = without_soft_edges(masks, root)
     masks = torch.from_numpy(np.stack(masks))
     if masks.max() < 0:
-        raise UserError(f"the masks of {root} hold nothing that counts: every pixel is one to ignore")
+        raise UserError(f"the masks of {root} hold nothing that counts: every pixel is marked to be ignored")
     if masks.max() == 0:
         raise UserError(f"the masks of {root} hold no object, only background")
     classes = classes or [f"class {i}" if i else "background" for i in range(int(masks.max()) + 1)]
@@ -180,7 +180,7 @@ def decode_mask(path, image, size, ids):
             on_its_side = photograph.getexif().get(0x0112, 1) >= 5
             sides = photograph.size[::-1] if on_its_side else photograph.size
     except Exception as error:  # Pillow raises many kinds for broken files
-        raise UserError(f"{path} cannot be read as a mask ({error}): mend or remove it") from None
+        raise UserError(f"{path} cannot be read as a mask ({error}): fix or remove it") from None
     if pixels.shape != sides[::-1]:
         found = f"{pixels.shape[1]} x {pixels.shape[0]}"
         raise UserError(f"{path} is {found} pixels, its image {sides[0]} x {sides[1]}")

@@ -223,7 +223,7 @@ def architecture(state, heads, path):
     sides = {n: math.isqrt(max(grid - n, 0)) for n in (1 + registers, 1, 0)}
     prefix = next((n for n, side in sides.items() if side and side**2 + n == grid), None)
     if prefix is None:
-        raise UserError(f"{path}: pos_embed {list(positions.shape)} is no square grid beside the [CLS] token")
+        raise UserError(f"{path}: pos_embed {list(positions.shape)} is not a square grid beside [CLS]")
     absent = positions.new_zeros(1, 1 + registers - prefix, positions.shape[2])
     state["pos_embed"] = torch.cat([positions[:, :prefix], absent, positions[:, prefix:]], dim=1)
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
