@@ -7,14 +7,14 @@
     python ablate.py --study=... --dry_run=True                     what it would run, and how long that takes
     python ablate.py --study=... --report=True                      tables, figures, README from the rows
 
-All runs of a study cost the same floating-point operations: steps = pflop / those of a step, counted. A
+All runs of a study use the same number of floating-point operations: steps = pflop / count per step. A
 search given another's --search_dir is its second round, with a larger --pflop (successive halving).
 Settings are chosen on held-out training images: the best is the one of highest k-NN accuracy among the trials
 that did not collapse. A run collapsed if its RankMe ends below a quarter of the untrained network's, its k-NN
 accuracy below the untrained network's, or its loss was not finite.
 
-Finished runs are skipped, stopped ones resumed; Ctrl-C saves all. Trials and seeds go round by round, so that
-the rows are a full table at any time. A run that fails costs itself alone and is listed at the end.
+Finished runs are skipped, stopped ones resumed; Ctrl-C saves all. Trials and seeds run in rounds, so
+the rows are a full table at any time. A run that fails stops no other and is listed at the end.
 """
 
 import hashlib
@@ -46,17 +46,17 @@ study = "search"  # which question [search|models|removal]
 scripts = "dino,barlow,hybrid_a,hybrid_b"  # which training scripts
 dataset = "shapes"  # any data set of the training scripts, with labels
 data_dir = "data"  # where its files are
-masks_dir = ""  # of models: a folder of images and masks for seg_transfer.py; empty: with shapes alone
+masks_dir = ""  # for models: a folder of images and masks for seg_transfer.py; empty: on shapes only
 preset = "small"  # of the scripts; for shapes they have one of that name
 trials = 16  # settings of a search: random ones, or the best of --search_dir [1..]
-seeds = 6  # of every setting in models and removal [1..]
-pflop = 0.0  # floating-point operations of each run, 1e15; 0: what PFLOP says [0..]
-search_dir = ""  # the search whose best settings are used; empty, of models and removal: results/search-...
+seeds = 6  # seeds per setting in models and removal [1..]
+pflop = 0.0  # floating-point operations per run, in 1e15; 0: the default in PFLOP [0..]
+search_dir = ""  # the search whose best settings are used; empty, in models and removal: results/search-...
 out_dir = ""  # rows, tables and figures; empty: results/<study>-<dataset>
 runs_dir = ""  # the runs and their checkpoints; empty: out/<name of out_dir>
 jobs = 0  # runs at once; 0: one per GPU, or one per CPU core [0..]
 device = "auto"  # of the runs
-space_seed = 0  # of the search's random settings [0..]
+space_seed = 0  # seed of the search's random settings [0..]
 dry_run = False  # only say what would run, and for how long
 report = False  # only make the tables and figures again
 

@@ -1,13 +1,13 @@
-"""Attention maps of one or more backbones: pictures, figures, and a test whether groups of runs differ.
+"""Attention maps of one or more backbones: pictures, numbers, and a test of whether groups of runs differ.
 
-A map is [CLS]'s attention to the patches in the last block, of one head or the mean of all, scaled to sum 1.
-Pictures show log2 of its ratio to uniform attention, and patch tokens as colours (PCA, as DINOv2's). With
+A map is [CLS]'s attention to the patches in the last block, for one head or all averaged, scaled to sum to 1.
+Pictures show log2 of its ratio to uniform attention, and patch tokens as colours (PCA, as in DINOv2). With
 masks: the share of attention on the object, over the object's share of the image (mass / area: 1 is uniform),
-and DINO's Jaccard, of the largest patches that hold 60 or 80 % of the attention (2104.14294, figure 4); "-"
+and DINO's Jaccard, of the top patches that hold 60 or 80 % of the attention (2104.14294, figure 4); "-"
 where a map is so flat that noise chooses them.
 
 Two maps p, q of an image differ by the Jensen-Shannon divergence, 0 to 1 bit; two runs by its mean over
-images, of their mean maps; a permutation test over runs compares groups of runs (twins/permutation.py):
+images, on maps averaged over heads; a permutation test over runs compares groups (twins/permutation.py):
 
     JSD(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2
 
@@ -50,18 +50,18 @@ data_dir = ""  # where its files are; empty: where the first run found them
 images = ""  # your own images instead: a folder or one file
 out_dir = ""  # where pictures and attention.json go; empty: next to the first checkpoint
 image_size = 0  # pixels; 0: what the first backbone was trained with [0..]
-skip_bad_images = False  # of a folder: leave out what cannot be read, up to 1 %
-n_images = 500  # at most so many images of the test set [1..]
+skip_bad_images = False  # in a folder, skip files that cannot be read, up to 1 %
+n_images = 500  # maximum number of test images [1..]
 rows = 4  # images in attention.png [1..]
 blocks = "last"  # attention.png shows the heads of the last block, or the mean map of all blocks [last|all]
-patch_size = 4  # pixels, of --ckpt=random [1..]
-dim = 192  # width, of --ckpt=random [1..]
-depth = 12  # blocks, of --ckpt=random [1..]
-heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: a guess) [0..]
-permutations = 20000  # assignments of runs to groups: all, or so many random ones if there are more [1..]
+patch_size = 4  # pixels, for --ckpt=random [1..]
+dim = 192  # width, for --ckpt=random [1..]
+depth = 12  # blocks, for --ckpt=random [1..]
+heads = 0  # attention heads, for --ckpt=random (0: 3) and for weights that do not say (0: guessed) [0..]
+permutations = 20000  # assignments of runs to groups: all, or this many random ones if there are more [1..]
 seed = 0  # of the choice of images, the permutations and the bootstrap [0..]
 device = "auto"  # cuda, mps or cpu; auto: the first available
-dtype = "float32"  # of the backbone; auto: bfloat16 where the hardware computes it [auto|bfloat16|float64]
+dtype = "float32"  # of the backbone; auto: bfloat16 if the hardware supports it [auto|bfloat16|float64]
 
 PRESETS = {"shapes": {"dim": 64, "depth": 3, "heads": 2}}  # for --ckpt=random, as in the training scripts
 COLUMNS = {"mass_over_area": "mass / area", "entropy_bits": "entropy, bits"}
@@ -82,7 +82,7 @@ def read_groups(text):
         if name in groups:
             raise UserError(f"--ckpt has two groups called {name}: give them names, --ckpt=a=A,b=B")
         if not all(checkpoints) or (name == "random") != (set(checkpoints) == {"random"}):
-            raise UserError(f"--ckpt: '{item}' is neither a checkpoint nor name=A:B; random means itself")
+            raise UserError(f"--ckpt: '{item}' is neither a checkpoint nor name=A:B; random is reserved")
         groups[name] = checkpoints
     return groups
 
@@ -136,7 +136,7 @@ def panel(backbone, maps, pixels, device, autocast):
 
 
 def compare_groups(d, names, groups, seeds):
-    """Tests all groups but random weights, then each two: d [n r r], group and seed of runs int64 [r]."""
+    """Tests all groups but random weights, then each pair: d [n r r], group and seed of runs int64 [r]."""
     trained, tests = [i for i, name in enumerate(names) if name != "random"], []
     pairs = list(combinations(trained, 2))
     for compared in pairs if len(pairs) < 2 else [trained, *pairs]:
@@ -147,7 +147,7 @@ def compare_groups(d, names, groups, seeds):
 
 
 def print_table(report, names):
-    """A row a group: means over heads and images, then over runs, ± their standard deviation."""
+    """One row per group: means over heads and images, then over runs, ± their standard deviation."""
     columns = {name: title for name, title in COLUMNS.items() if name in report[0]}
     jaccards = [(60, "best_head"), (60, "mean_map"), (80, "best_head"), (80, "mean_map")]
     jaccards = jaccards if "jaccard_60" in report[0] else []
@@ -217,10 +217,10 @@ if __name__ == "__main__":
     answered = [test for i, test in enumerate(tests) if i == 0 or "p" in test]
     for i, test in enumerate(answered):
         if i < 2:
-            print("\nPairs, each on its own, not corrected for their number:\n" if i else "")
+            print("\nPairwise tests, not corrected for multiple comparisons:\n" if i else "")
         print(sentence(test, [printed(name) for name in test["groups"]]))
 
-    # last: a full disk does not take the table
+    # last: a full disk must not cost us the table
     write_file(folder / "attention.json", json.dumps(result, indent=1))
     write_file(folder / "attention.png", attention_picture(data.images[:rows], panels, data.masks))
     write_file(folder / "divergence.png", divergence_picture(d.mean(0), names, group_of_run, seed_of_run))

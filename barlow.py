@@ -4,7 +4,7 @@ X1, X2 are random views of an image, Z1, Z2 their projections; z1, z2: columns s
 
     C = z1^T z2 / B    L = CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D
 
-Each view goes through the projector alone, as in the official code: its BatchNorm sees one view. The division
+Views go through the projector one by one, as in the official code: BatchNorm sees one at a time. The division
 by D is ours. AdamW, because LARS collapses with a ViT.
 
     python barlow.py --dataset=shapes                        a few minutes on two CPU cores
@@ -29,26 +29,26 @@ from vit import ViT, check_size
 dataset = "cifar10"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
 data_dir = "data"  # where its files are, or are downloaded to
 out_dir = ""  # where the run writes; empty: out/<script>-<dataset>
-preset = ""  # changes of the defaults, see PRESETS: small (shapes and stl10 come with their data set)
-skip_bad_images = False  # of a folder: leave out files that cannot be read, up to 1 %
-memory_gib = 8.0  # images up to this size are held on the device, larger sets are read ahead from disk [0..]
+preset = ""  # a set of changed defaults, see PRESETS: small (shapes and stl10 apply with their data set)
+skip_bad_images = False  # in a folder, skip files that cannot be read, up to 1 %
+memory_gib = 8.0  # data sets up to this size stay on the device, larger ones are read ahead from disk [0..]
 resume = False  # continue the run in out_dir
 init = ""  # weights to start from: a run, an export folder, a file of DINO's, DINOv2's or timm's
-seed = 0  # of weights, order and views [0..18446744073709551615]
+seed = 0  # for the weights, data order and views [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
-dtype = "auto"  # of the networks; auto: bfloat16 where the hardware computes it [float32|bfloat16|float64]
+dtype = "auto"  # of the networks; auto: bfloat16 if the hardware supports it [float32|bfloat16|float64]
 compile = False  # torch.compile: a minute slower to start, faster afterwards on a GPU
 epochs = 100  # passes over the training images [1..]
 max_steps = 0  # optimizer steps; 0: as many as `epochs` gives [0..]
 batch_size = 256  # images per step, over all processes [2..]
 base_lr = 5e-4  # learning rate at batch_size 256, scaled linearly with it [0..]
 min_lr = 1e-6  # learning rate at the end of the cosine [0..]
-warmup_epochs = 10.0  # of learning-rate warm-up from 0 [0..]
+warmup_epochs = 10.0  # epochs of learning-rate warm-up from 0 [0..]
 wd = 0.04  # weight decay at the start; none on biases and norms [0..]
 wd_end = 0.4  # weight decay at the end of its cosine schedule [0..]
 grad_clip = 3.0  # largest gradient norm of each parameter tensor; 0: no clipping [0..]
 image_size = 32  # pixels, of images and global views [1..]
-cache_size = 0  # pixels, of a folder's images before views are cut; 0: 1.6 x image_size, or their own [0..]
+cache_size = 0  # pixels a folder is decoded to; 0: 1.6 x image_size, but no more than its images have [0..]
 local_size = 16  # pixels, of local views [1..]
 n_local = 0  # local views per image [0..]
 global_scale = (0.4, 1.0)  # share of an image's area in a global view [0.001..1]
@@ -59,16 +59,16 @@ dim = 192  # width of the ViT [1..]
 depth = 12  # blocks [1..]
 heads = 3  # attention heads [1..]
 drop_path = 0.1  # rate in the student's last block, rising linearly from 0 in the first [0..0.99]
-knn_bank = 4000  # images in the k-NN monitor's bank, at most [2..]
-knn_queries = 1000  # held-out images that it classifies, at most [1..]
+knn_bank = 4000  # maximum number of images in the k-NN monitor's bank [2..]
+knn_queries = 1000  # maximum number of held-out images that the monitor classifies [1..]
 eval_every = 1000  # steps between evaluations [1..]
 save_every = 1000  # steps between checkpoints [1..]
 log_every = 10  # steps between rows of log.jsonl [1..]
-logger = ""  # rows go there as well [tensorboard|wandb|trackio]
+logger = ""  # also log the rows to this tracker [tensorboard|wandb|trackio]
 
 # --- method
 lambd = 0.005  # weight of C's off-diagonal [0..]
-proj_dim = 1024  # of the projector, D [1..]
+proj_dim = 1024  # width of the projector, D [1..]
 # --- end method
 
 PRESETS = {

@@ -35,7 +35,7 @@ scripts = "dino,barlow,hybrid_a,hybrid_b"  # which ones
 against = ""  # compare views alone with those of another library [torchvision]
 out_dir = "out/bench"  # where bench.json and traces go
 device = "auto"  # cuda or cpu; auto: cuda if available
-dtype = "auto"  # of the networks; auto: bfloat16 where the hardware computes it [float32|bfloat16]
+dtype = "auto"  # of the networks; auto: bfloat16 if the hardware supports it [float32|bfloat16]
 compile = True  # each script with torch.compile, too
 batch_size = 1024  # images per step [2..]
 n_local = 6  # local views per image [0..]
@@ -84,7 +84,7 @@ def table_row(row):
 
 
 def presets():
-    """{script's path: its preset for shapes without what it says of size}, as larger data sets have it."""
+    """{script's path: its own defaults for the options that its shapes preset changes}."""
     found = {}
     for name in scripts.split(","):
         path = ROOT / f"{name}.py"

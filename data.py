@@ -29,7 +29,7 @@ from twins.processes import batch_rand, shard, world
 def training_split(data, knn_bank, knn_queries, batch_size):
     """Which images to train on, and the k-NN monitor's bank and queries, with labels: three int64 [m].
 
-    Queries are from a 10 % of the labelled images that is held out of training, the same for every run and
+    Queries come from the 10 % of the labelled images held out of training, the same for every run and
     seed. Without labels there are no queries and nothing is held out. Raises UserError when a batch is larger
     than what is left.
     """
@@ -59,8 +59,8 @@ def fingerprint(data):
 class Batches:
     """Batches(...)(step): the images of a step, uint8 [b 3 s s] on `device`; each process has its part.
 
-    Images of up to `memory_gib` are held on the device; of a larger set batches are read two steps ahead, in
-    the background, from the file where a `folder` is kept, from memory for the other data sets.
+    Data sets up to `memory_gib` are held on the device; batches of larger ones are read two steps ahead, in
+    the background: from its cache file for a `folder`, from memory for the other data sets.
     """
 
     def __init__(self, images, kept, batch_size, seed, device, memory_gib):
@@ -104,7 +104,7 @@ def epoch_order(n, seed, epoch):
 
 
 def batch_indices(n, batch_size, seed, step):
-    """Which images step `step` sees, [b]: every epoch a new order, what does not fill a batch left out."""
+    """Which images step `step` sees, [b]: a new order every epoch; a last, partial batch is dropped."""
     epoch, i = divmod(step, n // batch_size)
     return epoch_order(n, seed, epoch)[i * batch_size : (i + 1) * batch_size]
 
@@ -128,8 +128,8 @@ def view_features(backbone, views):
 def multi_crop(images, crops, seed, step):
     """Random views of a batch: images uint8 [b 3 s s] -> for each Crop a float tensor [b 3 v v], normalised.
 
-    With several processes the images are this one's part of the batch, and the numbers drawn for the others'
-    are left out.
+    With several processes, `images` is this one's shard of the batch; random numbers drawn for the other
+    shards are discarded.
 
     Crops of one size are made together; about 5,000 images a second in 2 + 6 views on two CPU cores.
     """

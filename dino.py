@@ -1,6 +1,6 @@
 """DINO: self-distillation with no labels (Caron et al., 2104.14294), with a ViT.
 
-X1, X2 are random views of an image, local ones beside them; the student sees all, the teacher X1 and X2.
+X1, X2 are random views of an image, plus local ones; the student sees all, the teacher only X1 and X2.
 The teacher is the exponential moving average (EMA) of the student, without gradient (sg = stop-gradient):
 
     P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)    CE = H(P_t, P_s)
@@ -32,26 +32,26 @@ from vit import ViT, check_size, init_weights
 dataset = "cifar10"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
 data_dir = "data"  # where its files are, or are downloaded to
 out_dir = ""  # where the run writes; empty: out/<script>-<dataset>
-preset = ""  # changes of the defaults, see PRESETS: small (shapes and stl10 come with their data set)
-skip_bad_images = False  # of a folder: leave out files that cannot be read, up to 1 %
-memory_gib = 8.0  # images up to this size are held on the device, larger sets are read ahead from disk [0..]
+preset = ""  # a set of changed defaults, see PRESETS: small (shapes and stl10 apply with their data set)
+skip_bad_images = False  # in a folder, skip files that cannot be read, up to 1 %
+memory_gib = 8.0  # data sets up to this size stay on the device, larger ones are read ahead from disk [0..]
 resume = False  # continue the run in out_dir
 init = ""  # weights to start from: a run, an export folder, a file of DINO's, DINOv2's or timm's
-seed = 0  # of weights, order and views [0..18446744073709551615]
+seed = 0  # for the weights, data order and views [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
-dtype = "auto"  # of the networks; auto: bfloat16 where the hardware computes it [float32|bfloat16|float64]
+dtype = "auto"  # of the networks; auto: bfloat16 if the hardware supports it [float32|bfloat16|float64]
 compile = False  # torch.compile: a minute slower to start, faster afterwards on a GPU
 epochs = 100  # passes over the training images [1..]
 max_steps = 0  # optimizer steps; 0: as many as `epochs` gives [0..]
 batch_size = 256  # images per step, over all processes [2..]
 base_lr = 5e-4  # learning rate at batch_size 256, scaled linearly with it [0..]
 min_lr = 1e-6  # learning rate at the end of the cosine [0..]
-warmup_epochs = 10.0  # of learning-rate warm-up from 0 [0..]
+warmup_epochs = 10.0  # epochs of learning-rate warm-up from 0 [0..]
 wd = 0.04  # weight decay at the start; none on biases and norms [0..]
 wd_end = 0.4  # weight decay at the end of its cosine schedule [0..]
 grad_clip = 3.0  # largest gradient norm of each parameter tensor; 0: no clipping [0..]
 image_size = 32  # pixels, of images and global views [1..]
-cache_size = 0  # pixels, of a folder's images before views are cut; 0: 1.6 x image_size, or their own [0..]
+cache_size = 0  # pixels a folder is decoded to; 0: 1.6 x image_size, but no more than its images have [0..]
 local_size = 16  # pixels, of local views [1..]
 n_local = 6  # local views per image [0..]
 global_scale = (0.4, 1.0)  # share of an image's area in a global view [0.001..1]
@@ -62,17 +62,17 @@ dim = 192  # width of the ViT [1..]
 depth = 12  # blocks [1..]
 heads = 3  # attention heads [1..]
 drop_path = 0.1  # rate in the student's last block, rising linearly from 0 in the first [0..0.99]
-knn_bank = 4000  # images in the k-NN monitor's bank, at most [2..]
-knn_queries = 1000  # held-out images that it classifies, at most [1..]
+knn_bank = 4000  # maximum number of images in the k-NN monitor's bank [2..]
+knn_queries = 1000  # maximum number of held-out images that the monitor classifies [1..]
 eval_every = 1000  # steps between evaluations [1..]
 save_every = 1000  # steps between checkpoints [1..]
 log_every = 10  # steps between rows of log.jsonl [1..]
-logger = ""  # rows go there as well [tensorboard|wandb|trackio]
+logger = ""  # also log the rows to this tracker [tensorboard|wandb|trackio]
 
 # --- method
 out_dim = 1024  # prototypes k, the width of Z [1..]
-hidden_dim = 2048  # of the head [1..]
-bottleneck_dim = 256  # of the head, before the prototypes [1..]
+hidden_dim = 2048  # hidden width of the head [1..]
+bottleneck_dim = 256  # width of the head's bottleneck, before the prototypes [1..]
 head_bn = False  # BatchNorm in the head; official DINO has none with a ViT
 l2_bottleneck = True  # L2-normalise the bottleneck
 norm_last_layer = True  # weight-normed prototypes keep length 1; False: their lengths are learned
@@ -80,9 +80,9 @@ freeze_last_layer_epochs = 1.0  # epochs without a gradient for the prototypes [
 tau_s = 0.1  # student temperature [1e-6..]
 tau_t = 0.07  # teacher temperature; sharpening is tau_t < tau_s [1e-6..]
 tau_t_start = 0.04  # teacher temperature at the start of its warm-up [1e-6..]
-tau_t_warmup_epochs = 10.0  # of teacher-temperature warm-up, linear by epoch [0..]
+tau_t_warmup_epochs = 10.0  # epochs of teacher-temperature warm-up, linear by epoch [0..]
 centering = True  # subtract the running mean of the teacher's Z
-center_momentum = 0.9  # of that running mean [0..1]
+center_momentum = 0.9  # momentum of that running mean [0..1]
 ema = 0.996  # momentum of the teacher at the start; 0: the teacher is the current student [0..1]
 ema_end = 1.0  # momentum of the teacher at the end of its cosine schedule [0..1]
 # --- end method

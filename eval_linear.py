@@ -2,9 +2,9 @@
 
 Protocols: `linear` on the last block's [CLS]; `linear4` on the last four blocks' (DINO, 2104.14294, ViT-S);
 `linear_avg` on [CLS] and the mean patch token; `knn`, weighted, T = 0.07 (Wu et al., 1805.01978). A probe is
-softmax regression on whitened features, minimised by L-BFGS until it has converged (twins/probes.py).
+softmax regression on whitened features, fitted by L-BFGS to convergence (twins/probes.py).
 
-A tenth of the training images, the same share of each class, selects `strength` and k. The selected probe is
+A tenth of the training images, stratified by class, selects `strength` and k. The selected probe is
 then trained on all of them, and the test set is looked at once. Images are not augmented: features are
 computed once. `--finetune=True` adds `finetune`: the backbone is trained as well (twins/finetune.py).
 
@@ -35,19 +35,19 @@ ckpt = ""  # what to evaluate: a run's folder or ckpt.pt, an export folder, a fi
 weights = ""  # a network of the checkpoint, such as student; empty: the one that its run evaluates
 dataset = ""  # shapes, cifar10, cifar100, imagenet32, stl10 or folder; empty: what the run was trained on
 data_dir = ""  # where its files are; empty: where the run found them
-skip_bad_images = False  # of a folder: leave out files that cannot be read, up to 1 %
+skip_bad_images = False  # in a folder, skip files that cannot be read, up to 1 %
 out_dir = ""  # for eval_linear.json; empty: next to the checkpoint, out/random-<dataset> for random weights
 image_size = 0  # pixels; 0: what the backbone was trained with [0..]
-patch_size = 4  # pixels, of --ckpt=random [1..]
-dim = 192  # width, of --ckpt=random [1..]
-depth = 12  # blocks, of --ckpt=random [1..]
-heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: a guess) [0..]
+patch_size = 4  # pixels, for --ckpt=random [1..]
+dim = 192  # width, for --ckpt=random [1..]
+depth = 12  # blocks, for --ckpt=random [1..]
+heads = 0  # attention heads, for --ckpt=random (0: 3) and for weights that do not say (0: guessed) [0..]
 finetune = False  # train the backbone too, four times: one process, much slower than the probes
 finetune_epochs = 20  # passes over the training images, each time [1..]
-label_fraction = 1.0  # of the training labels, the same share of each class [0..1]
-seed = 0  # of the random weights and the split [0..18446744073709551615]
+label_fraction = 1.0  # fraction of the training labels to use, stratified by class [0..1]
+seed = 0  # for the random weights and the split [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
-dtype = "auto"  # of the backbone; auto: bfloat16 where the hardware computes it [float32|bfloat16|float64]
+dtype = "auto"  # of the backbone; auto: bfloat16 if the hardware supports it [float32|bfloat16|float64]
 
 # as the training scripts have it, for --ckpt=random
 PRESETS = {
@@ -99,7 +99,7 @@ def load_labelled(dataset, data_dir, image_size):
     train, test = (load(dataset, data_dir, image_size, split, skip_bad_images) for split in ("train", "test"))
     for name, data in (("training", train), ("test", test)):
         if data.labels is None:
-            raise UserError(f"the {name} images of {data_dir} are in no class folders: a probe needs labels")
+            raise UserError(f"the {name} images of {data_dir} are not in class folders: a probe needs labels")
     classes, test_classes = len(train.classes), int(test.labels.max()) + 1
     if test_classes > classes:
         raise UserError(f"the test set of {data_dir} has {test_classes} classes, the training set {classes}")
@@ -156,8 +156,8 @@ if __name__ == "__main__":
     print(f"\n{ckpt} ({network}) on {dataset}: {len(labels)} training, {len(test_labels)} test images\n")
     print("\n".join(table(results)))
     if len(train.classes) == 1:
-        print("\nwarning: there is a single class, so that every answer is right")
+        print("\nwarning: there is a single class, so every answer is right")
     elif len(test_labels) < 100:
         print(f"\nwarning: {len(test_labels)} test images are too few to compare networks: see the intervals")
-    write_file(file, json.dumps(report, indent=1))  # last: a full disk does not take the table
+    write_file(file, json.dumps(report, indent=1))  # last: a full disk must not cost us the table
     print(f"\nwrote {file}")

@@ -1,6 +1,6 @@
-"""Segmentation from frozen patch tokens: what do the features know of where things are?
+"""Segmentation from frozen patch tokens: what do the features know about where things are?
 
-A linear head, BatchNorm and a 1 x 1 convolution (as DINOv2's, 2304.07193), turns each patch token into class
+A linear head, BatchNorm and a 1 x 1 convolution (as in DINOv2, 2304.07193), turns each patch token into class
 scores, upsampled (bilinear) to the mask. Floors: the same head on random weights of the same architecture,
 and on each patch's mean colour. Ceiling: each patch's scores are the shares of the classes in it. Without
 labels: the share of [CLS]'s attention on objects over their share of the image (mass / area: 1 is uniform).
@@ -44,18 +44,18 @@ weights = ""  # a network of the checkpoint, such as student; empty: the one tha
 dataset = ""  # shapes, folder, voc2012, pet or imagenet_s; empty: what the run was trained on
 data_dir = ""  # where its files are; empty: where the run found them
 out_dir = ""  # where segmentation.png and seg_transfer.json go; empty: next to the checkpoint
-skip_bad_images = False  # of a folder: leave out what cannot be read, up to 1 %
+skip_bad_images = False  # in a folder, skip files that cannot be read, up to 1 %
 image_size = 0  # pixels; 0: what the backbone was trained with [0..]
 finetune = False  # train the backbone too
-patch_size = 4  # pixels, of --ckpt=random [1..]
-dim = 192  # width, of --ckpt=random [1..]
-depth = 12  # blocks, of --ckpt=random [1..]
-heads = 0  # attention heads, of --ckpt=random (0: 3) and of weights that do not say (0: a guess) [0..]
+patch_size = 4  # pixels, for --ckpt=random [1..]
+dim = 192  # width, for --ckpt=random [1..]
+depth = 12  # blocks, for --ckpt=random [1..]
+heads = 0  # attention heads, for --ckpt=random (0: 3) and for weights that do not say (0: guessed) [0..]
 max_steps = 300  # optimizer steps of each head [1..]
-batch_size = 32  # images a step [1..]
-seed = 0  # of the held-out images, the heads and the order [0..]
+batch_size = 32  # images per step [1..]
+seed = 0  # for the held-out images, the heads and the order [0..]
 device = "auto"  # cuda, mps or cpu; auto: the first available
-dtype = "auto"  # of the backbone; auto: bfloat16 where the hardware computes it [float32|bfloat16|float64]
+dtype = "auto"  # of the backbone; auto: bfloat16 if the hardware supports it [float32|bfloat16|float64]
 
 PRESETS = {"shapes": {"dim": 64, "depth": 3, "heads": 2}}  # for --ckpt=random, as in the training scripts
 
@@ -125,7 +125,7 @@ def select_and_measure(build, rates, inputs, tests, masks, truth, classes, devic
 
 
 def print_table(results, classes):
-    """A row a head, in %; the IoU of each class if there are few. classes: their names."""
+    """One row per head, in %; the IoU of each class if there are few. classes: their names."""
     classes = classes if len(classes) <= 6 else []
     columns = ["lr", "mIoU", "pixel accuracy", *classes]
     print(f"| {'fine-tuned' if finetune else 'linear head'} | {' | '.join(columns)} |")
@@ -191,7 +191,7 @@ if __name__ == "__main__":
     print(f"\nattention on the objects, mass / area: {mass_over_area:.2f} (1 is uniform)")
     if attention["jaccard_60"]:
         best_head, mean_map = (100 * attention["jaccard_60"][name] for name in ("best_head", "mean_map"))
-        print(f"60 % of it against the objects, Jaccard: {best_head:.1f} best head, {mean_map:.1f} mean map")
+        print(f"Jaccard of its top 60 % with the objects: {best_head:.1f} best head, {mean_map:.1f} mean map")
 
     rows = torch.from_numpy(np.random.default_rng((seed, 8)).permutation(len(truth))[:8])
     columns = {"truth": truth[rows], **{name: predictions[name][rows] for name in sources}}

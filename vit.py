@@ -1,6 +1,6 @@
-"""Vision Transformer by hand, with einops and timm's parameter names. Needs no other file of ours.
+"""A Vision Transformer from scratch, with einops and timm's parameter names. Needs no other file here.
 
-An image is cut into patches of p x p pixels, each a token; a [CLS] token and registers, if any, stand before
+An image is cut into patches of p x p pixels, each a token; a [CLS] token and registers, if any, come before
 them; `depth` pre-norm blocks of attention and MLP follow (Dosovitskiy et al., 2010.11929). As in DINO (Caron
 et al., 2104.14294): LayerNorm eps 1e-6, qkv bias, trunc-normal .02, positions interpolated (bicubic) for
 crops of other sizes, drop path rising linearly with depth. Registers are those of 2309.16588, LayerScale is
@@ -114,7 +114,7 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """ViT-Ti/4 for 32-pixel images by default: 192 wide, 12 deep, 3 heads, 5.4 M parameters.
 
-    `num_prefix_tokens` (timm's name) stand before the patches: [CLS], then registers. `args` holds the
+    `num_prefix_tokens` (timm's name) precede the patches: [CLS], then registers. `args` holds the
     arguments, so that type(vit)(**vit.args) builds the same network. Raises ValueError when `patch_size` does
     not divide an image's side, or `heads` does not divide `dim`.
     """
@@ -183,7 +183,7 @@ class ViT(nn.Module):
             pairs = list(rearrange(noise, "(depth two) b -> depth two b", two=2))
         for block, pair in zip(self.blocks[:-1], pairs[:-1], strict=True):
             x = block(x, pair)
-        x = self.blocks[-1](x, pairs[-1], queries=1)  # of the last block only [CLS] is used
+        x = self.blocks[-1](x, pairs[-1], queries=1)  # only [CLS] of the last block is used
         return self.norm(x)[:, 0]
 
     def layers(self, images, last=1):

@@ -188,7 +188,7 @@ def test_the_checkpoint_decides_where_config_json_differs(configure, folder, cap
     file.write_text(whole.replace('"alpha"', '"alphb"'))
     assert configure(folder) == expected
     assert (
-        f"config.json says nothing of --alpha, ckpt.pt {expected['alpha']}: ckpt.pt decides"
+        f"config.json says nothing about --alpha, ckpt.pt {expected['alpha']}: ckpt.pt decides"
         in capsys.readouterr().out
     )
     file.write_text(whole.replace('"depth": 1', '"depth": 3'))
@@ -400,7 +400,7 @@ def test_more_steps_are_a_jump_of_the_learning_rate(configure, folder, capsys):
     assert configure(folder, "--max_steps=30")["max_steps"] == 30
     said = capsys.readouterr().out
     assert (
-        "the learning rate jumps; for one schedule from start to end give the new number "
+        "the learning rate jumps; for one unbroken schedule, give the new number "
         "to a new run in another --out_dir" in said
     )
 
@@ -422,7 +422,7 @@ def test_more_steps_are_a_jump_of_the_learning_rate(configure, folder, capsys):
         ("base_lr", float("nan"), "--base_lr=nan: it must be from 0"),
         ("global_scale", [[0.1], 1], "global_scale.*: it must be numbers like"),
         ("global_scale", [0.4, True], "global_scale.*: it must be numbers like"),
-        ("head", {"a": 1}, "--head=.*: it must be a text"),
+        ("head", {"a": 1}, "--head=.*: it must be text"),
         ("head", "three", "--head=three is unknown"),
     ],
 )

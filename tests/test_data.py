@@ -110,7 +110,7 @@ BAD = {  # what is made in a folder, what is loaded, what is said
     "two bad images": (
         lambda r: one_in_two_hundred(r, 2),
         {},
-        r"a/0.jpg cannot .*nor 1 more, such as .*a/1.jpg",
+        r"a/0.jpg cannot .*nor can 1 more, e.g. .*a/1.jpg",
     ),
     "too many bad images": (
         lambda r: one_in_two_hundred(r, 3),

@@ -138,7 +138,7 @@ def test_nothing_drifts(sources):
         ("a changed default", "wd_end = 0.4", "wd_end = 0.3"),
         ("a changed preset", '"base_lr": 2e-3', '"base_lr": 3e-3'),
         ("an edited copy of a function", "    warmup = int(warmup)\n", "    warmup = round(warmup)\n"),
-        ("an edited copy of a comment", "each alone", "all together"),
+        ("an edited copy of a comment", "per parameter tensor", "of all tensors"),
     ],
 )
 def test_drift_is_found(sources, script, what, old, new):

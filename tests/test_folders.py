@@ -464,7 +464,7 @@ def test_an_npz_bomb_is_a_sentence(tmp_path, monkeypatch):
 def test_a_fifo_is_a_sentence_and_no_hang(tmp_path):
     tree(tmp_path, "train/images/0.png", "train/masks/1.png")
     os.mkfifo(tmp_path / "train/images/1.png")
-    with pytest.raises(UserError, match=r"1.png cannot be read as an image \(it is no file\)"):
+    with pytest.raises(UserError, match=r"1.png cannot be read as an image \(it is not a file\)"):
         load(tmp_path, cache_size=0)
     os.mkfifo(tmp_path / "train/masks/0.png")
     with pytest.raises(UserError, match=r"0.png has no mask"):

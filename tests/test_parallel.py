@@ -180,7 +180,9 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
         line for line in done.stderr.splitlines() if line.removeprefix("[rank0]: ").startswith("error: ")
     ]
     assert (
-        done.returncode != 0 and len(errors) == 1 and "batch_size=15 is the total of 2 processes" in errors[0]
+        done.returncode != 0
+        and len(errors) == 1
+        and "batch_size=15 is over all processes: give a multiple of 2" in errors[0]
     )
     assert not (tmp_path / "run").exists()
 

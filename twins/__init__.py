@@ -1,1 +1,1 @@
-"""What nobody has to read to do research, one subject a file; no script's name, options or losses."""
+"""Code you can do research without reading, one topic per file; no script names, options or losses."""

@@ -67,7 +67,7 @@ def wrap(text, indent=""):
 
 
 def protocol(models, dataset):
-    """What the figures of the models study are, and whether their number can show anything."""
+    """What the numbers of the models study mean, and whether there are enough seeds to show anything."""
     if not models:
         return ""
     n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
@@ -77,9 +77,9 @@ def protocol(models, dataset):
     return (
         f"{printed(dataset)}, {n} fresh seed{'s' * (n > 1)} of each method's best setting, {budget:g} PFLOP "
         f"({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard deviation in %; "
-        "differences in points, paired by seed, with Student's 95 % interval. The figure has k-NN on "
-        f"held-out training images. A comparison of methods is yes or no if p < {SIGNIFICANT} (paired "
-        f"sign-flip test, Holm){f', which {n} seeds cannot reach' * too_few}. "
+        "differences in points, paired by seed, with Student's 95 % interval. The figure shows k-NN on "
+        f"held-out training images. We answer yes or no if p < {SIGNIFICANT} (paired sign-flip test, Holm)"
+        f"{f'; {n} seeds cannot reach that' * too_few}. "
     )
 
 
@@ -183,18 +183,18 @@ def list_removals(removals):
                 lists.setdefault(word, []).append(f"{name} {100 * np.mean(found):+.1f}")
         text = "; ".join(f"{word}: {', '.join(lists[word])}" for word in sorted(lists, key=VERDICTS.index))
         now, random = (100 * np.mean([row[name] for row in full]) for name in ("knn", "knn_init"))
-        level = f"{now:.1f} with nothing removed, {random:.1f} random weights"
+        level = f"{now:.1f} with nothing removed, {random:.1f} untrained"
         counts = sorted({len(found) for found in differences.values()})
         seeds = f"{' or '.join(map(str, counts))} seed{'s' * (counts[-1:] > [1])}"
         sentences += [f"{title} ({seeds}; {level}): {text}."] if differences else []
     if not sentences:
         return "Not answered yet: no removal has been run."
     budget = next(iter(removals.values()))[0]["budget"]
-    return f"Change of {METRIC} in points without one, at {budget:g} PFLOP. {' '.join(sentences)}"
+    return f"Change in {METRIC} (points) without each, at {budget:g} PFLOP. {' '.join(sentences)}"
 
 
 def overview(studies):
-    """A row a method: fresh seeds of its best setting on the test set, and its random settings."""
+    """One row per method: its best setting with fresh seeds on the test set, and its random settings."""
     search, models = studies["search"], studies["models"]
     measured = [measures(row) for rows in models.values() for row in rows]
     main, singles = main_measure(models), split_titles(models)[1]

@@ -15,15 +15,15 @@ from twins.errors import UserError
 from twins.processes import gather, shard
 
 CHUNK = 2**24  # attention weights computed at a time, 64 MiB
-NEAR_UNIFORM = 0.1  # bits: the largest patches of a flatter map are chosen by noise
+NEAR_UNIFORM = 0.1  # bits: in a flatter map, noise decides which patches are largest
 
 
 @torch.no_grad()
 def attend(backbone, images, device, autocast, block=-1):
     """Images uint8 [n 3 s s] -> maps [n h y x], each of sum 1, and each head's mean attention distance [h].
 
-    A distance, in pixels, is between the centres of two patches, weighted by the attention of one to the
-    other, mean over the queries (Dosovitskiy et al., 2010.11929, D.8). `block` -1 is the last.
+    The distance, in pixels, is between patch centres, weighted by attention and averaged over the queries
+    (Dosovitskiy et al., 2010.11929, D.8). `block` -1 is the last.
     """
     side, heads = images.shape[-1] // backbone.patch_size, backbone.blocks[0].attn.heads
     prefix = backbone.num_prefix_tokens
@@ -59,7 +59,7 @@ def entropy(p):
 
 
 def near_uniform(maps):
-    """Whether the mean entropy of maps [... y x] is that of uniform attention but for 0.1 bit."""
+    """Whether the mean entropy of maps [... y x] is within 0.1 bit of uniform attention's."""
     flat = maps.flatten(-2)
     return math.log2(flat.shape[-1]) - entropy(flat).mean() < NEAR_UNIFORM
 

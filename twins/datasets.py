@@ -39,7 +39,7 @@ class Split(NamedTuple):
 def load(dataset, data_dir, image_size, split="train", skip_bad_images=False, cache_size=None):
     """One split, 'train' or 'test', of a data set, every image `image_size` pixels square.
 
-    Photographs of a `folder` that views are cut from have `cache_size` pixels, 0 for about 1.6 x image_size.
+    Photographs of a `folder` to crop views from have side `cache_size` instead, 0: about 1.6 x image_size.
     Raises UserError for an unknown data set, absent or broken files, and a download that fails.
     """
     if dataset == "folder":
@@ -67,13 +67,13 @@ def resize(images, size, mode):
 
 
 def to_device(x, device):
-    """A CPU tensor on the device. A GPU takes it from pinned memory when it gets there; nobody waits."""
+    """A CPU tensor on the device. To a GPU it is copied asynchronously, from pinned memory."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 @functools.cache
 def constant(values, device, dtype):
-    """The tensor of a tuple of numbers, copied to the device once: the copy waits for a GPU."""
+    """A tuple of numbers as a tensor, copied to the device once: each copy would wait for the GPU."""
     return torch.tensor(values, device=device, dtype=dtype)
 
 
@@ -89,11 +89,11 @@ def normalise(x):
 
 
 def shapes(split):
-    """12,000 training or 2,000 test images made in seconds: a textured object on a smooth ground.
+    """12,000 training or 2,000 test images made in seconds: a textured object on a smooth background.
 
     The class is the texture, for it survives crops and colour jitter: stripes (three orientations, two
     widths), checks (two widths), rings, plain. Outline (disk, square, diamond), place, size, colours and
-    phase are random. Strong tints would be what a small ViT learns instead, so colours are greys with a tint
+    phase are random. A small ViT would learn strong tints instead, so colours are greys with a tint
     of at most 0.15.
     """
     n, seed = {"train": (12_000, 0), "test": (2_000, 1)}[split]

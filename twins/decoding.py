@@ -1,9 +1,9 @@
-"""Image files decoded once, by all cores, into one array on disk: any number of files, killed at any time.
+"""Image files decoded once, by all cores, into one array on disk: any number, safe to kill at any time.
 
-Next to the array <name>.npy, uint8 [n 3 s s], lies <name>.flags, a byte for each file (not decoded yet,
-decoded or broken), and then a checksum. An array that is not whole yet is called <name>.npy.part, and the
-next start goes on with it. A worker is this file run as a script, without torch, so that it starts in a
-moment and asks nothing of the program that needs the images:
+Beside the array <name>.npy, uint8 [n 3 s s], is <name>.flags: one byte per file (not decoded yet, decoded
+or broken), then a checksum. An unfinished array is called <name>.npy.part, and the next run continues it.
+A worker is this file run as a script, without torch, so it starts fast and needs nothing from the program
+that wants the images:
 
     python decoding.py PATHS ARRAY OFFSET SIZE RESAMPLE WORKER WORKERS
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 DECODED, BROKEN = 1, 2
-CHECKED = 2**31  # bytes of an array whose checksum is worth the time at every start, a second
-BICUBIC, LANCZOS = 3, 1  # Pillow's numbers; Lanczos keeps what the second resizing of a view takes
+CHECKED = 2**31  # bytes; a larger array has no checksum, which would take over a second at every start
+BICUBIC, LANCZOS = 3, 1  # Pillow's codes; Lanczos is sharper, for views, which are resized twice
 VERSION = "2"  # of decode(): an array of another one is made anew
 BLOCK = 256  # images written and flagged together
 
@@ -62,7 +62,7 @@ def decode(path, size, resample=BICUBIC):
 
     try:
         if not os.path.isfile(path):
-            raise ValueError("it is no file")  # a FIFO would be waited for
+            raise ValueError("it is not a file")  # opening a FIFO would block
         with Image.open(path) as image:
             deep = image.mode[0] in "IF"
             deep_colours = ";16" in str(image.tile) and not deep  # Pillow keeps the upper 8 bits
@@ -141,7 +141,7 @@ def is_whole(file, flags, n):
 
 
 def rows_of(flags):
-    """Which file each row of the array is of, [n - broken]: in order, the last in place of broken ones."""
+    """The file of each row of the array, [n - broken]: in order, the last ones in place of broken ones."""
     n = int((flags == DECODED).sum())
     rows = np.arange(n)
     rows[flags[:n] == BROKEN] = n + np.flatnonzero(flags[n:] == DECODED)
@@ -149,7 +149,7 @@ def rows_of(flags):
 
 
 def close_holes(part, offset, flags):
-    """Moves rows to where rows_of() has them. It removes nothing, so that it can be killed and done again."""
+    """Moves rows to where rows_of() puts them. It deletes nothing, so if killed it can simply run again."""
     rows, size = rows_of(flags), np.load(part, mmap_mode="r").shape[-1]
     images = np.memmap(part, np.uint8, "r+", offset, (len(flags), 3, size, size))
     for i in np.flatnonzero(rows != np.arange(len(rows))):
@@ -162,7 +162,7 @@ def close_holes(part, offset, flags):
 
 
 class locked:
-    """A file or folder kept to oneself; a process that dies lets go.
+    """An exclusive lock on a file or folder, released if the process dies.
 
     With `wait=False` it raises BlockingIOError if another process has it.
     """

@@ -1,4 +1,4 @@
-"""What is a user's mistake, told in one sentence, and what is a bug, told by a traceback."""
+"""User mistakes, reported in one sentence, and bugs, reported by a traceback."""
 
 from pathlib import Path
 

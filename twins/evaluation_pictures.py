@@ -147,7 +147,7 @@ def divergence_picture(mean, names, groups, seeds):
 def segmentation_picture(images, columns, attention, classes):
     """segmentation.png: images uint8 [n 3 s s]; columns {title: masks int16 [n s s]}; attention [n y x].
 
-    A colour a class of `classes`, their names; pixels of class -1, which do not count, are white.
+    One colour per class, named in `classes`; pixels of class -1, which do not count, are white.
     """
     matplotlib = load_matplotlib()
     palette = torch.tensor(matplotlib.colormaps["tab20"].colors)[[*range(0, 20, 2), *range(1, 20, 2)]]

@@ -115,7 +115,7 @@ def load_pickle(path, device="cpu"):
     except Exception as error:  # torch and zipfile raise many kinds
         code = re.search(r"GLOBAL (\S+) was not", str(error))
         if code:
-            raise UserError(f"{path} is not loaded: it needs {code[1]}, and no file's code is run") from None
+            raise UserError(f"{path} is not loaded: it needs {code[1]}, and files may not run code") from None
         reason = "torch.save did not write it" if "Weights only" in str(error) else first_line(error)[:80]
         raise UserError(f"{path} is not a complete checkpoint ({reason})") from None
     if not isinstance(saved, dict):

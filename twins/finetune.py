@@ -26,7 +26,7 @@ BATCH_SIZE, WARMUP = 128, 0.1  # images; share of the steps
 
 
 def parameter_groups(model, lr):
-    """A group a parameter of [backbone, classifier]; weight decay 0.05, none of biases, tokens, positions."""
+    """Per-parameter groups of [backbone, classifier]; weight decay 0.05, 0 for biases, tokens, positions."""
     depth, groups = len(model[0].blocks), []
     for name, p in model.named_parameters():
         network, part, *rest = name.split(".")

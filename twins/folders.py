@@ -31,7 +31,7 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     Returns images uint8 [n 3 s s], labels int64 [n] or None, and the classes. Decoded once, short side
     resized to s, centre cropped; kept in data_dir/.cache (in ~/.cache/dino-twins if data_dir is read-only) as
     one memory-mapped array, made anew when a file's name, size or date changes. s is `image_size`, or
-    `cache_size` if given, 0 for cache_side(). Raises UserError where it is not clear what is meant.
+    `cache_size` if given, 0 for cache_side(). Raises UserError if the layout is ambiguous.
     """
     if not Path(data_dir).is_dir():
         raise UserError(f"--data_dir={data_dir} is not a folder: give the one that holds train/<class>/*.jpg")
@@ -51,7 +51,9 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     stray = [path for path, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes]
     if stray:
         if not classes:
-            raise UserError(f"{found['train']} has no class folders, but {root} has: both need them, or none")
+            raise UserError(
+                f"{found['train']} has no class folders, but {root} has: either both need them or neither"
+            )
         where = f"in none of the {len(classes)} class folders"
         raise UserError(f"{stray[0]} is {where}: move it into one, or make all of them flat")
 
@@ -194,7 +196,7 @@ def image_files(root):
         raise UserError(f"{root} holds {found}: put images into {root}/<class>/")
     if left:
         kinds = ", ".join(f"{n} {what}" for what, n in left.most_common(8))
-        print(f"{root}: left out {left.total()} that are no images by name: {kinds}", flush=True)
+        print(f"{root}: left out {left.total()} that do not look like images: {kinds}", flush=True)
     return paths
 
 
@@ -229,7 +231,7 @@ def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BIC
             sentence = f"{broken[0]} could not be read when {file} was made"
         except UserError as error:
             sentence = str(error)
-        sentence += f", nor {len(broken) - 1} more, such as {', '.join(broken[1:4])}" if broken[1:] else ""
+        sentence += f", nor can {len(broken) - 1} more, e.g. {', '.join(broken[1:4])}" if broken[1:] else ""
         count = f"{len(broken)} of {len(paths)} images"
         if len(broken) > 0.01 * len(paths):
             raise UserError(f"{sentence}: {count} are too many to leave out, fix or remove them")
@@ -245,7 +247,7 @@ def hashed(text):
 
 
 def remove_old(folder, names, new):
-    """Removes caches called like `names`, of a folder as it was, but `new` and what others are making."""
+    """Removes outdated caches, whose names match `names`, except `new` and those in use by others."""
     for lock in folder.glob("*.lock"):
         if re.fullmatch(names, lock.stem) and lock.stem != new:
             try:

@@ -1,4 +1,4 @@
-"""Several jobs at once, each some commands in turn; a job that fails costs itself alone."""
+"""Several jobs at once, each a sequence of commands; a failed job does not affect the others."""
 
 import ctypes
 import os
@@ -54,7 +54,7 @@ def run_jobs(jobs, slots, finish):
                 advance(slot, job, process.returncode)
         if len(stopped) == 1:
             stopped.append(0)
-            print("stopping: the runs save after their step", flush=True)
+            print("stopping: each run saves after its current step", flush=True)
             for process in running:
                 process.terminate()
         time.sleep(0.1)

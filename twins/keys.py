@@ -24,7 +24,7 @@ KINDS = {
     bool: "True or False",
     int: "a whole number",
     float: "a number",
-    str: "a text",
+    str: "text",
     tuple: "numbers like 0.4,1.0",
 }
 LARGEST = 10**9  # whole number, where a comment sets no limit
@@ -127,7 +127,7 @@ class Parser(argparse.ArgumentParser):
 def parse(script, argv=None, presets=()):
     """The options of a script (its globals) in three dicts: Options, the preset's changes, values given.
 
-    `presets` names the options whose values choose from PRESETS, the later over the earlier. From a command
+    `presets` names the options whose values select from PRESETS; later ones win. From a command
     line (argv is None) it also installs the one-sentence excepthook. Exits with 2 for an unknown option,
     naming the nearest.
     """
@@ -204,7 +204,7 @@ def configure(script, argv=None):
     processes = int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
     if config["batch_size"] % processes:
         raise UserError(
-            f"--batch_size={config['batch_size']} is the total of {processes} processes, which must divide it"
+            f"--batch_size={config['batch_size']} is over all processes: give a multiple of {processes}"
         )
     script.update(config)
     return config
@@ -233,7 +233,7 @@ def saved_options(out_dir, script_name, options):
         print(f"warning: {error}: ckpt.pt decides")
         return config
     for key, value in config.items():
-        said = f"--{key}={beside[key]}" if key in beside else f"nothing of --{key}"
+        said = f"--{key}={beside[key]}" if key in beside else f"nothing about --{key}"
         if beside.get(key) != json.loads(json.dumps(value)) and key != "resume":
             print(f"warning: config.json says {said}, ckpt.pt {value}: ckpt.pt decides")
     return config
@@ -252,8 +252,8 @@ def tell_changes(out_dir, config, given):
             )
     if {"max_steps", "epochs"} & set(changed):
         print(
-            "note: the schedules now reach over the new number of steps, so the learning rate jumps; "
-            "for one schedule from start to end give the new number to a new run in another --out_dir"
+            "note: the schedules now span the new number of steps, so the learning rate jumps; "
+            "for one unbroken schedule, give the new number to a new run in another --out_dir"
         )
     if changed:
         text = " ".join(f"--{key}={given[key]} (was {config[key]})" for key in changed)

@@ -23,7 +23,7 @@ LARGEST = 1000  # class; ImageNet-S has 919
 
 
 def has_masks(dataset, data_dir):
-    """Whether load_masks() is for this data set: a `folder` may be one of images alone."""
+    """Whether this data set has masks: a `folder` may hold images alone."""
     if dataset != "folder" or not Path(data_dir).is_dir():
         return dataset in DATASETS and dataset != "folder"
     return any((path / "masks").is_dir() for kind, path in splits(Path(data_dir)).items() if kind != "train")
@@ -82,7 +82,7 @@ def stem(folder, path):
 
 
 def one_channel(pixels):
-    """Grey pixels [h w] of those with channels, [h w 2] or [h w 3 or 4], that are equal."""
+    """Pixels [h w 2] or [h w 3 or 4] with equal colour channels -> grey [h w]; others unchanged."""
     colours = 3 if pixels.shape[-1] > 2 else 1  # the rest is transparency
     same = pixels.ndim == 3 and (pixels[..., :colours] == pixels[..., :1]).all()
     return pixels[..., 0] if same else pixels
@@ -91,8 +91,8 @@ def one_channel(pixels):
 def without_soft_edges(masks, root):
     """Masks of a folder, int16 arrays: 255 becomes -1, or 1 where all masks are 0, 255 and soft edges.
 
-    Antialiased ones are known by values above 127 beside more pixels of 255 than of all classes, or a quarter
-    of them where there are more than 20: so many do not lie outside all classes.
+    Edges are soft if values of 128 to 254 occur, and 255 is more frequent than 1 to 254 together (than a
+    quarter of that, if more than 20 of them occur): an ignored border is never so large.
     """
     count = sum(np.bincount(np.maximum(mask, 0).flat, minlength=LARGEST + 1) for mask in masks)
     between = count[1:255]

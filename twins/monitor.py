@@ -1,4 +1,4 @@
-"""How a run is watched: features and their k-NN accuracy, collapse meters."""
+"""Monitoring of a run: features and their k-NN accuracy, signs of collapse."""
 
 import math
 from functools import partial
@@ -47,9 +47,9 @@ def knn(bank, bank_labels, queries, k=20, temperature=0.07):
 def evaluate(backbone, data, bank, queries, device, autocast):
     """One evaluation row: knn (accuracy on the queries, absent without labels), feature_std, rank.
 
-    data: Split; bank, queries: rows of it, int64 [m]. feature_std is the mean column's std of L2-normalised
-    features times sqrt(d), 1 when they fill the sphere and 0 when they collapse (SimSiam, 2011.10566); rank
-    is RankMe (2210.02885), exp of the entropy of the singular values.
+    data: Split; bank, queries: rows of it, int64 [m]. feature_std is the std of L2-normalised features, mean
+    over columns, times sqrt(d): 1 when they fill the sphere, 0 when they collapse (SimSiam, 2011.10566).
+    rank is RankMe (2210.02885), exp of the entropy of the singular values.
     """
     look, row = partial(features, backbone, data.images, size=data.image_size), {}
     z = look(bank, device, autocast)

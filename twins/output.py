@@ -1,4 +1,4 @@
-"""What a script prints: it never ends a run, and a failure is told in one sentence."""
+"""Printing that never ends a run, and failures reported in one sentence."""
 
 import contextlib
 import faulthandler
@@ -39,7 +39,7 @@ class Stream:
 
 
 def protect_output():
-    """Makes printing safe, and bars rare in a file; of the processes of torchrun only rank 0 prints."""
+    """Makes printing safe, and bars rare in a file; under torchrun only rank 0 prints."""
     if sys.__stderr__:
         faulthandler.enable(sys.__stderr__)  # a file that is cut off while it is mapped: SIGBUS
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
@@ -76,7 +76,7 @@ def excepthook(kind, error, trace):
         print("stopped; what was saved before is unchanged", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
-    if dist.is_initialized():  # gloo's threads would abort a Python that ends, and leaving would wait
+    if dist.is_initialized():  # gloo's threads would abort Python at exit, and leaving the group would block
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

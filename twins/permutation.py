@@ -4,11 +4,11 @@
     effect = mean d between groups - mean over groups of the mean d within
     p = share of the assignments of runs to groups that have at least this effect
 
-Whole runs are exchanged: exchanging images would take two seeds of one script for two scripts. Runs of one
-seed start from the same weights and see the same views, so they are never compared, and a run is exchanged
-with those of its own seed; seeds that equally many runs have are exchanged as wholes. This is a paired test
+Whole runs are permuted: permuting images would mistake two seeds of one script for two scripts. Runs of one
+seed start from the same weights and see the same views, so they are never compared, and runs are permuted
+within their seed; seeds with equally many runs are also permuted as blocks. This is a paired test
 if all groups have the same seeds, an unpaired one if no two runs share a seed. It tests equal distributions:
-groups whose runs only spread differently are rejected, too.
+groups whose runs merely differ in spread are rejected, too.
 
 Letters in shapes:  n images  r runs  g groups  w assignments of runs to groups
 """
@@ -68,7 +68,7 @@ def count_arrangements(items):
 def assignments(groups, seeds, permutations, rng):
     """Groups of runs under the null hypothesis, int64 [w r], and whether these are all ways there are.
 
-    groups, seeds: int64 [r]. More ways than `permutations` are not enumerated but drawn.
+    groups, seeds: int64 [r]. If there are more ways than `permutations`, that many are drawn at random.
     """
     runs_of_seed = {}
     for run, seed in enumerate(seeds.tolist()):
@@ -159,7 +159,7 @@ def sentence(test, names, level=0.05):
     if test["p"] <= level:
         answer = f"T{maps[1:]} differ by more than seeds do: {figures}."
     else:
-        answer = f"No difference between {maps} beyond that of seeds is shown: {figures}."
+        answer = f"No difference between {maps} is shown beyond that between seeds: {figures}."
         if test["smallest_p"] > level:
             least = f"{test['smallest_p']:.2g}"
             answer += f" These runs cannot give a p below {least}: train more seeds, the same for all."

@@ -41,7 +41,7 @@ PANELS = {  # of curves.png: how names of log columns begin; the first that fits
 
 
 def printed(name):
-    """A name as a paper prints it; of a folder's name, ? for what is not UTF-8."""
+    """A name as a paper prints it; in a folder's name, ? replaces what is not UTF-8."""
     return NAMES.get(name, name).encode(errors="replace").decode()
 
 

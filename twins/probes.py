@@ -4,8 +4,8 @@
     x <- (x - mean) E^(-1/2)
     min over W, bias:  mean cross-entropy(x W + bias) + strength / 2 |E^(-1/4) W|^2
 
-Whitening makes the problem round, so that L-BFGS needs tens of steps where SGD needs thousands. The penalty
-is that of features whitened half way: a penalty on W itself trusts directions of small variance too much.
+Whitening preconditions the problem, so L-BFGS needs tens of steps where SGD needs thousands. The penalty
+is that of half-whitened features: one on W itself would trust directions of small variance too much.
 
 Letters in shapes:  n m images  d width of a feature  c classes
 """

@@ -83,7 +83,7 @@ def computes_bfloat16(device):
 
 
 def leave_group():
-    """Gloo's threads may still hold tensors; torch 2.10 and 2.11 abort a Python that ends meanwhile."""
+    """Gloo's threads may still hold tensors; torch 2.10 and 2.11 abort Python if it exits meanwhile."""
     time.sleep(0.1)
     dist.destroy_process_group()
 

@@ -57,7 +57,7 @@ class Run:
             Run.held = held.pop_all()
 
     def begin(self, held):
-        """Starts, or resumes: no file changes before the first row. `held` gives back what is taken."""
+        """Starts, or resumes: no file changes before the first row. `held` releases what is acquired."""
         if rank() == 0:
             self.take_folder(held)
         if self.config["resume"]:
@@ -116,7 +116,7 @@ class Run:
 
     def update(self):
         """Moves the bar; a signal that one process received stops all of them after the same step."""
-        if self.device.type == "cpu" and self.clock_step <= self.done:  # row() has not; a GPU would wait
+        if self.device.type == "cpu" and self.clock_step <= self.done:  # if row() did not; would sync a GPU
             self.check_weights()
         self.done += 1
         self.bar.update()
@@ -145,7 +145,7 @@ class Run:
         """Raises UserError for a loss that is not finite, before it reaches the weights."""
         self.lr = lr
         if self.device.type != "cpu" and step % self.config["log_every"]:
-            return  # a GPU would be waited for
+            return  # it would sync the GPU
         for name, value in to_numbers(losses).items():
             if not math.isfinite(value):
                 self.diverge(f"{name} is {value}", step)
@@ -220,7 +220,7 @@ class Run:
                 self.bar.write(f"warning: {what} fails, training goes on ({reason})")
 
     def save(self, step):
-        """ckpt.pt, export/, curves.png. A full disk is told, training goes on. Raises UserError for a NaN."""
+        """ckpt.pt, export/, curves.png. A full disk only gives a warning. Raises UserError for a NaN."""
         state = {}
         for name, value in self.state.items():
             state[name] = value.state_dict() if hasattr(value, "state_dict") else value

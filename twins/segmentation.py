@@ -48,7 +48,7 @@ def patch_tokens(backbone, images):
 def score(prediction, masks, classes):
     """Prediction and truth, int16 [n s s] -> {miou, pixel_accuracy, iou [classes]}.
 
-    The iou of a class that is in neither is None. Pixels of truth -1 do not count; UserError if none do.
+    The iou of a class that is in neither is None. Pixels of truth -1 do not count; UserError if all are.
     """
     counts = masks >= 0
     if not counts.any():
@@ -68,7 +68,7 @@ def score(prediction, masks, classes):
 def best_of_grid(masks, patch_size, classes):
     """The ceiling, int16 [n s s] -> same: the shares of the classes in each patch, upsampled as scores are.
 
-    Scores optimised for the upsampling can do a little better (98 for 96 on `shapes`).
+    Scores optimised for the upsampling can do a little better (98 instead of 96 on `shapes`).
     """
     chunks = []
     for chunk in masks.split(max(PIXELS // (classes * masks[0].numel()), 1)):

@@ -34,7 +34,7 @@ MECHANISMS = {  # {name: ({option: value without it}, {option: value with it})};
 def read_script(path, presets):
     """(name in print, {option: value under these presets}) of a training script.
 
-    The name is what stands before the colon of its docstring. Raises UserError if it is no training script.
+    The name is the docstring up to its colon. Raises UserError if it is not a training script.
     """
     names = runpy.run_path(str(path), run_name="study") if Path(path).exists() else {}
     if "PRESETS" not in names:
@@ -49,7 +49,7 @@ def draw_setting(space, seed, trial, options):
     """{option: value}, a random setting for those of `options` that the space has.
 
     space: {option: list of values, or (low, high) to draw log-uniformly between}. A value depends on (seed,
-    trial, option) alone, so a trial of two scripts has equal values where they share an option.
+    trial, option) alone, so in one trial, scripts get equal values for the options they share.
     """
     setting = {}
     for option, values in space.items():

@@ -17,7 +17,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 
 def t_interval(values):
     """(low, high), the 95 % interval of the mean of values [n], by Student's t; infinite for one value.
 
-    It holds the mean in 95 % of cases if the values are normal, however few they are. The percentile
+    It covers the mean in 95 % of cases if the values are normal, however few they are. The percentile
     bootstrap, which is common for many values, does so in 75 % for n = 3 and 87 % for n = 6.
     """
     values = np.asarray(values, float)

@@ -60,7 +60,7 @@ class Stopwatch:
         return time.perf_counter()
 
     def mark(self):
-        """A moment of the device, which works behind the program."""
+        """A timestamp on the device, which runs asynchronously."""
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -114,13 +114,13 @@ class Stopwatch:
         rows = [row for row in self.profiler.key_averages() if row.device_type == cpu]
         of_device = "self_device_time_total" if self.cuda else "self_cpu_time_total"
         times = {row.key: getattr(row, of_device) for row in rows}
-        total = sum(times.values()) or 1  # a GPU that may not be watched reports none
+        total = sum(times.values()) or 1  # a GPU that forbids profiling reports none
         longest = sorted(times.items(), key=lambda item: -item[1])[:20]
         return {name: spent / total for name, spent in longest}
 
 
 def measure(warmup, steps, trace, views, script):
-    """Runs a training script, whose options stand in sys.argv, until it is measured; returns the result.
+    """Runs a training script, whose options are in sys.argv, until it is measured; returns the result.
 
     views: the name, such as data.multi_crop, of the function that the script imports to make views.
     """

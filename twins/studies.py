@@ -18,7 +18,7 @@ def read_rows(folder):
 
 
 def write_rows(folder, rows):
-    """Writes all rows anew, so that no kill leaves half a row."""
+    """Rewrites all rows, so a kill never leaves half a row."""
     write_file(Path(folder) / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -69,7 +69,7 @@ def rank_fell(row):
 
 
 def sorted_trials(rows):
-    """The trials without collapse, that of the highest k-NN accuracy first."""
+    """The trials that did not collapse, highest k-NN accuracy first."""
     return sorted((row for row in rows if not row["collapsed"]), key=lambda row: -row["knn"])
 
 

@@ -101,7 +101,7 @@ def read_weights(path, network="", heads=0):
 
 
 def check_tensors(state, path):
-    """Raises UserError for tensors that are no ordinary finite numbers, and for a ViT of odd shapes."""
+    """Raises UserError for tensors that are not plain finite numbers, and for a ViT of odd shapes."""
     for name, value in state.items():
         kind = value.dtype if value.layout == torch.strided else value.layout
         if value.is_meta or not value.is_floating_point() or value.layout != torch.strided:
@@ -115,7 +115,7 @@ def check_tensors(state, path):
 
 
 def guess_heads(dim, network):
-    """Width / 64, as most official ViTs have; 16 of a ViT-H (MAE, timm), 12 of a ViT-S of MoCo v3."""
+    """Width / 64, as most official ViTs have; 16 for a ViT-H (MAE, timm), 12 for MoCo v3's ViT-S."""
     if dim == 384 and network.endswith(("momentum_encoder", "base_encoder")):
         return 12
     return 16 if dim == 1280 else max(dim // 64, 1)
@@ -190,7 +190,7 @@ def choose_network(tensors, path, network):
     if len(chosen) != 1:
         names = ", ".join(prefix.rstrip(".") or "one without a name" for prefix in prefixes)
         wanted = network or "a teacher or another average"
-        raise UserError(f"{path} holds the networks {names}: not exactly one of them is {wanted}")
+        raise UserError(f"{path} holds the networks {names}: exactly one must be {wanted}")
     prefix = chosen[0]
     state = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     names = [part for part in prefix.split(".")[:-1] if part not in ("state_dict", "model", "backbone")]
@@ -245,7 +245,7 @@ def build(vit, state, args, path):
             problems.append(f"{name} is {list(state[name].shape)}, not {list(right.shape)}")
     if problems:
         rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{path} is not a ViT as vit.py has it: {', '.join(problems[:5])}{rest}")
+        raise UserError(f"{path} does not fit the ViT of vit.py: {', '.join(problems[:5])}{rest}")
     backbone.load_state_dict(state)
     return backbone
 
