@@ -225,7 +225,7 @@ if __name__ == "__main__":
     runs_dir = Path(runs_dir or f"out/{out_dir.name}")
     preset = "" if dataset == "shapes" else preset
     pflop = pflop or PFLOP[study]
-    titles = {script: script_of(script)[0] for script in scripts.split(",")}
+    titles = {script: script_of(script)[0] for script in dict.fromkeys([*BY_HAND, *scripts.split(",")])}
     if report:
         write_report(out_dir, study, titles)
         sys.exit(write_answer(ROOT / "README.md", ROOT / "results", titles))

@@ -19,6 +19,7 @@ Letters in shapes:  n images  h heads  y x patch grid  r runs  s image side
 """
 
 import json
+import os
 import re
 import sys
 from itertools import combinations
@@ -73,11 +74,11 @@ def read_groups(text):
     groups = {}
     for item in text.split(","):
         path = Path(item)
-        named = None if path.exists() else re.match(r"([^/=]+)=(.+)$", item)
+        named = None if os.path.exists(item) else re.match(r"([^/=]+)=(.+)$", item)
         if named:
             name, checkpoints = named[1], named[2].split(":")
         else:
-            folder = path.absolute() if path.is_dir() else path.absolute().parent
+            folder = path.absolute() if os.path.isdir(item) else path.absolute().parent
             name, checkpoints = "random" if item == "random" else folder.name, [item]
         if name in groups:
             raise UserError(f"--ckpt has two groups called {name}: give them names, --ckpt=a=A,b=B")
@@ -202,12 +203,13 @@ if __name__ == "__main__":
         sys.exit()  # rank 0 tests and reports
     names = list(panels)
     group_of_run = torch.tensor([names.index(name) for name, *_ in runs])
-    seed_of_run = torch.tensor([known.get("seed", -1 - i) for i, (*_, known) in enumerate(runs)])
+    seeds = [known.get("seed", -1 - i) for i, (*_, known) in enumerate(runs)]
+    seed_of_run = torch.tensor([seeds.index(number) for number in seeds])  # equal ones, not their values
     d = divergences(mean_maps)
     tests = compare_groups(d, names, group_of_run, seed_of_run)
 
     result = {**config, "dataset": dataset, "image_size": image_size, "runs": report, "names": names}
-    result.update(group_of_run=group_of_run.tolist(), seed_of_run=seed_of_run.tolist(), tests=tests)
+    result.update(group_of_run=group_of_run.tolist(), seed_of_run=seeds, tests=tests)
     result.update(divergence_bits=d.mean(0).tolist(), images=len(data.images), skipped=skipped)
     result.update(torch=torch.__version__, **git_state())
 

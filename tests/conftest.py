@@ -169,9 +169,9 @@ def start_run(tmp_path, monkeypatch):
     )
     defaults.update(dataset="shapes", data_dir="data", out_dir=str(tmp_path / "run"))
 
-    def start(state, backbone, steps=9, device="cpu", **config):
+    def start(state, backbone, steps=9, device="cpu", script=ROOT / "dino.py", **config):
         config = defaults | config
-        return run_module.Run(ROOT / "dino.py", config, steps, state, backbone, torch.device(device))
+        return run_module.Run(script, config, steps, state, backbone, torch.device(device))
 
     yield start
     run_module.Run.held.close()

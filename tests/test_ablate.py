@@ -84,7 +84,8 @@ def test_a_failing_job_costs_itself_alone(tmp_path):
     assert (tmp_path / "good.txt").read_text() == "done\n"
 
 
-def test_a_signal_lets_the_jobs_save(tmp_path):
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGTERM], [signal.SIGHUP]])
+def test_a_signal_lets_the_jobs_save(tmp_path, numbers):
     saves = "import signal, time\n"
     saves += f"signal.signal(15, lambda *_: exit(open(r'{tmp_path}/saved', 'w').write('1')))"
     saves += f"\nopen(r'{tmp_path}/ready', 'w')\ntime.sleep(60)"
@@ -94,9 +95,28 @@ def test_a_signal_lets_the_jobs_save(tmp_path):
     words = [sys.executable, "-c", script, ROOT / "tests", tmp_path, saves]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=paths())
     wait_for(lambda: (tmp_path / "ready").exists())
-    process.send_signal(signal.SIGTERM)
+    for number in numbers:
+        process.send_signal(number)
     assert process.communicate(timeout=30)[0].endswith("({}, True)\n")
     assert (tmp_path / "saved").exists() and not (tmp_path / "b.txt").exists()
+
+
+@pytest.mark.parametrize("line", ['{"script": "dino", "la', "[]", '{"script": "dino"}'])
+def test_a_broken_row_is_one_sentence(tmp_path, line):
+    write_rows(tmp_path, [row("dino", "full", 0, 0.3)])
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n" + file.read_text())
+    assert len(read_rows(tmp_path)) == 1
+    file.write_text(file.read_text() + line)
+    with pytest.raises(UserError, match=r"line 3 of .*rows.jsonl is broken: fix or remove it"):
+        read_rows(tmp_path)
+
+
+def test_rows_of_another_study_are_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="trial: not rows of a removal study"):
+        report_study([row("dino", "trial", 0, 0.3)], "removal", TITLES)
+    write_file(tmp_path / "attention.json", '{"tests": []}')
+    assert read_attention(tmp_path) == {}
 
 
 def paths():
@@ -189,6 +209,8 @@ def test_the_rule_of_collapse(tmp_path, knn, rank, diverged, collapsed):
 def test_without_a_pair_of_seeds_there_is_no_answer():
     rows = {"DINO": [row("dino", "full", 1, 0.3)], "Hybrid A": [row("hybrid_a", "full", 2, 0.4)]}
     assert compare_models(rows, "held-out k-NN") == "Inconclusive with 0 seeds."
+    one = {"DINO": [row("dino", "full", 0, 0.3)], "Hybrid A": [row("hybrid_a", "full", 0, 0.4)]}
+    assert compare_models(one, "held-out k-NN") == "Better than DINO, for Hybrid A in each of 1 seeds."
 
 
 def test_rows_of_other_options_are_refused(tmp_path):

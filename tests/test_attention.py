@@ -164,6 +164,8 @@ def test_groups_of_checkpoints(tmp_path):
     (tmp_path / "lr=3").mkdir()
     (tmp_path / "lr=3" / "ckpt.pt").touch()
     assert read_groups(f"{tmp_path}/lr=3/ckpt.pt") == {"lr=3": [f"{tmp_path}/lr=3/ckpt.pt"]}
+    many = [f"runs/dino-shapes-{i}/ckpt.pt" for i in range(99)]  # longer than a file's name can be
+    assert read_groups(f"dino={':'.join(many)}") == {"dino": many}
     with pytest.raises(UserError, match="two groups called x"):
         read_groups("x/ckpt.pt,x/ckpt.pt")
     for wrong in (",", "a=b/ckpt.pt:", "random=b/ckpt.pt"):

@@ -246,6 +246,20 @@ def test_a_log_that_cannot_be_read_is_one_sentence(tmp_path):
         read_log(tmp_path / "log.jsonl")
 
 
+def test_the_saved_script_is_the_one_that_runs(start_run, tmp_path):
+    """An editor changes it meanwhile, or moves it away."""
+    network, script = torch.nn.Linear(3, 1), tmp_path / "mine.py"
+    script.write_text("alpha = 1\n", encoding="utf-8-sig")  # as Windows' editors save it
+    r = start_run({"network": network}, network, script=script)
+    script.write_text("alpha = 999\n")
+    saved = tmp_path / "run" / "script.py"
+    r.save(1)
+    assert saved.read_text() == "alpha = 1\n"
+    script.unlink()
+    r.save(2)
+    assert saved.read_text() == "alpha = 1\n"
+
+
 @pytest.mark.parametrize("word", ["--preset=small", "--init=random.pth", "--seed=1"])
 def test_what_a_run_began_with_cannot_be_changed(configure, folder, word):
     with pytest.raises(UserError, match=rf"is a run with {word.split('=')[0]}=.*: leave .* out"):
@@ -262,13 +276,15 @@ def read_only(monkeypatch, tmp_path):
     return folder
 
 
-def test_a_folder_that_is_read_only_is_refused_before_the_work(small, read_only):
+def test_a_folder_that_is_read_only_is_refused_before_the_work(small, read_only, tmp_path):
     with pytest.raises(UserError, match=r"share cannot be written \(it is read-only\)"):
         small(out_dir=str(read_only))
     with pytest.raises(UserError, match=r"share cannot be written \(it is read-only\)"):
         output_folder({"out_dir": str(read_only)}, "random", "shapes")
-    with pytest.raises(UserError, match=r"cannot be written"):
-        output_folder({"out_dir": __file__}, "random", "shapes")  # a file
+    for path in (__file__, tmp_path / ("long" * 99)):  # a file, a name that no disk takes
+        with pytest.raises(UserError, match=r"cannot be written"):
+            output_folder({"out_dir": str(path)}, "random", "shapes")
+    assert not keys.holds_run(tmp_path / ("long" * 99))
 
 
 @pytest.mark.parametrize(

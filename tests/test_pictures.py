@@ -64,6 +64,7 @@ def test_pca_colours_are_the_three_largest_components_of_all_tokens():
         pair = torch.stack([colours[..., i].flatten(), planted[:, i].flatten().double()])
         assert abs(torch.corrcoef(pair)[0, 1]) > 0.97
     assert pca_colours(torch.ones(1, 5, 2, 2)).isfinite().all()
+    assert pca_colours(torch.rand(1, 1, 2, 2)).shape == (1, 2, 2, 3)  # --dim=1
 
 
 @pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "a$b$c", "$\\frac$", "日本"])

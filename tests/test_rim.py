@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from conftest import ROOT, tiny
 from twins import keys, monitor, output, pictures, processes
+from twins import run as run_module
 from twins.errors import UserError
 from twins.files import read_log
 
@@ -125,7 +126,7 @@ def test_only_torchrun_is_torchrun(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert not processes.under_torchrun()
-    for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
     assert processes.under_torchrun()
 
@@ -243,6 +244,20 @@ def test_ignored_signals_stay_ignored(network):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_signal_that_comes_twice_at_once_is_one(network, monkeypatch):
+    """torchrun passes on what a service manager has sent to all processes. The next one ends the run."""
+    now, r = [5.0], network(steps=9)
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    ended = []
+    r.handlers = {number: lambda number, frame: ended.append(number) for number in SIGNALS}
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        signal.raise_signal(number)
+    assert r.stop == signal.SIGTERM and not ended
+    now[0] += 2
+    signal.raise_signal(signal.SIGINT)
+    assert ended == [signal.SIGINT]
+
+
 def test_a_run_in_a_thread_has_no_signals(network):
     """Python gives signals to the main thread alone."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -350,6 +365,23 @@ def test_seeds_end_at_two_to_the_64(configure):
 def test_numbers_beyond_the_limits_are_refused(configure, word):
     with pytest.raises(UserError, match=r"it must be (from|a whole number)"):
         configure(word)
+
+
+@pytest.mark.parametrize(
+    "default, comment, low, high, choices",
+    [
+        (0.5, "weight of C [d d]", -math.inf, math.inf, ()),  # a shape
+        (0.5, "as in the paper [1]", -math.inf, math.inf, ()),  # a citation
+        (0.5, "rate [0..0.99]", 0, 0.99, ()),
+        (1, "steps [1..]", 1, math.inf, ()),
+        ("a", "head [a|b]", -math.inf, math.inf, ("a", "a", "b")),
+        ("a", "a text [b d]", -math.inf, math.inf, ()),
+    ],
+)
+def test_brackets_that_are_no_limits_are_text(default, comment, low, high, choices):
+    option = keys.read_comment(default, comment)
+    assert (option.low, option.high, option.choices) == (low, high, choices)
+    assert (option.meaning == comment) == (low == -math.inf and not choices)
 
 
 def test_a_million_blocks_are_refused_at_once(train):

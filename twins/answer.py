@@ -116,7 +116,8 @@ def compare_models(models, measure):
     else:
         word = ""
     sides = ", ".join(filter(None, sides))
-    text = f"{sides}, for both hybrids in each of {n} seeds." if sides else f"inconclusive with {n} seeds."
+    which = "both hybrids" if len(hybrids) > 1 else hybrids[0]
+    text = f"{sides}, for {which} in each of {n} seeds." if sides else f"inconclusive with {n} seeds."
     return word + (text if word else text[0].upper() + text[1:])
 
 

@@ -1,5 +1,6 @@
 """What the evaluation scripts share: their options, and the backbone that --ckpt names."""
 
+import os
 from pathlib import Path
 
 from twins.errors import UserError
@@ -39,7 +40,7 @@ def load_backbone(config, device, vit):
         args = {name: config[name] for name in ("patch_size", "dim", "depth")}
         args.update(heads=config["heads"] or 3, image_size=config["image_size"] or 32)
         return vit(**args).to(device).eval(), {**about, "image_size": args["image_size"], "data_dir": "data"}
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"--ckpt={path} does not exist: {ACCEPTED}")
     state, vit, args, known = read_backbone(path, config["weights"], config.get("heads", 0), vit)
     backbone = build(vit, state, args, path)

@@ -4,6 +4,7 @@ Letters in shapes:  n images  s image side
 """
 
 import functools
+import http.client
 import os
 import socket
 import zipfile
@@ -168,7 +169,7 @@ def fetch(kind, data_dir, **which):
         socket.setdefaulttimeout(20)
         try:
             return kind(data_dir, **which, download=True)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
             where = getattr(kind, "base_folder", "")
             url = getattr(kind, "url", "the address in torchvision's documentation")
             raise UserError(

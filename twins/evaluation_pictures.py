@@ -38,6 +38,7 @@ def pca_colours(tokens):
     flat = rearrange(tokens.double(), "n d y x -> (n y x) d")
     flat = flat - flat.mean(0)
     scores = flat @ torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -3:].flip(1)
+    scores = F.pad(scores, (0, 3 - scores.shape[1]))  # a ViT of width 1 or 2
     low, high = scores.quantile(torch.tensor([0.02, 0.98]).double(), dim=0)
     colours = ((scores - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
     return rearrange(colours, "(n y x) c -> n y x c", n=len(tokens), y=tokens.shape[2])

@@ -35,7 +35,8 @@ def write_file(path, content, previous=None):
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)  # it would fill the disk
-        if error.errno == errno.ENOSPC and previous and previous.exists() and path.exists():
+        full = (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        if error.errno in full and previous and previous.exists() and path.exists():
             previous.unlink()
             return write_file(path, content, previous)
         raise UserError(f"{path} cannot be written ({error.strerror}); earlier files are unchanged") from None

@@ -33,7 +33,7 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     one memory-mapped array, made anew when a file's name, size or date changes. s is `image_size`, or
     `cache_size` if given, 0 for cache_side(). Raises UserError if the layout is ambiguous.
     """
-    if not Path(data_dir).is_dir():
+    if not os.path.isdir(data_dir):
         raise UserError(f"--data_dir={data_dir} is not a folder: give the one that holds train/<class>/*.jpg")
     top = without_masks(Path(data_dir))
     found = splits(top)

@@ -27,7 +27,9 @@ def run_jobs(jobs, slots, finish):
     stopped, failures, running = [], {}, {}
     waiting, free = list(jobs), list(range(slots))
     handlers = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) == signal.SIG_IGN:  # nohup
+            continue
         handlers[number] = signal.signal(number, lambda number, frame: stopped.append(number))
 
     def advance(slot, job, code=None):
@@ -52,7 +54,7 @@ def run_jobs(jobs, slots, finish):
             slot, job = running.pop(process)
             if not stopped:
                 advance(slot, job, process.returncode)
-        if len(stopped) == 1:
+        if stopped and 0 not in stopped:
             stopped.append(0)
             print("stopping: each run saves after its current step", flush=True)
             for process in running:

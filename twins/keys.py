@@ -40,7 +40,7 @@ class Option(NamedTuple):
 
 def read_options(path):
     """{name: Option} of a script: its top-level assignments of a constant to a lower-case name."""
-    source, options = Path(path).read_text(encoding="utf-8"), {}
+    source, options = Path(path).read_text(encoding="utf-8-sig"), {}
     for node in ast.parse(source).body:
         name = (
             node.targets[0].id
@@ -61,7 +61,8 @@ def read_options(path):
 
 def read_comment(default, comment):
     """An Option from its default and the comment behind it, which may end with [low..high] or [this|that]."""
-    limits = re.search(r"\s*\[([^\[\]]*)\]$", comment)
+    pattern = r"[^\[\]]*\|[^\[\]]*" if isinstance(default, str) else r"[\d.e+-]*\.\.[\d.e+-]*"
+    limits = re.search(rf"\s*\[({pattern})\]$", comment)
     if not limits:
         return Option(default, comment)
     meaning = comment[: limits.start()]
@@ -211,7 +212,7 @@ def configure(script, argv=None):
 
 
 def holds_run(out_dir):
-    return any((out_dir / name).exists() for name in ("ckpt.pt", "ckpt-previous.pt", "export"))
+    return any(os.path.exists(out_dir / name) for name in ("ckpt.pt", "ckpt-previous.pt", "export"))
 
 
 def saved_options(out_dir, script_name, options):

@@ -16,7 +16,7 @@ from twins.errors import UserError, first_line
 
 
 def under_torchrun():
-    names = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return all(os.environ.get(name) for name in names)
 
 
@@ -39,7 +39,7 @@ def setup(device, dtype, seed):
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
     if device == "cuda" and under_torchrun():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         number = torch.zeros((), device=device)
         number.item()  # meta has none

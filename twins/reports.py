@@ -36,9 +36,10 @@ def write_report(folder, study, titles):
 
 
 def read_attention(folder):
-    """What attn_viz.py found of a study's runs: attention.json in its folder, {} if there is none."""
+    """What attn_viz.py found of a study's runs: attention.json in its folder, {} if it holds no test."""
     file = Path(folder) / "attention.json"
-    return read_json(file) if file.exists() else {}
+    found = read_json(file) if file.exists() else {}
+    return found if found.get("tests") else {}
 
 
 def attention_sentence(attention):

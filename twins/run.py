@@ -43,6 +43,7 @@ class Run:
 
     def __init__(self, script, config, steps, state, backbone, device):
         self.script, self.config, self.steps, self.state = Path(script), config, steps, state
+        self.source = self.script.read_text(encoding="utf-8-sig")  # it may be edited while it runs
         self.backbone, self.device, self.dir = backbone, device, Path(config["out_dir"])
         self.modules = {name: value for name, value in state.items() if isinstance(value, torch.nn.Module)}
         self.backbone_name = name_in(self.modules, backbone)
@@ -91,13 +92,16 @@ class Run:
 
     def describe(self):
         self.write("config.json", self.about)
-        self.write("script.py", self.script.read_text(encoding="utf-8"))
+        self.write("script.py", self.source)
 
     def on_signal(self, number, frame):
-        self.received = number
-        if world() == 1:
-            self.stop = number
-        signal.signal(number, self.handlers[number])  # the second one ends the process at once
+        if self.received and time.monotonic() - self.received_at > 1:  # sooner, torchrun passes on the first
+            signal.signal(number, self.handlers[number])
+            signal.raise_signal(number)  # the second one ends the process at once
+        elif not self.received:
+            self.received, self.received_at = number, time.monotonic()
+            if world() == 1:
+                self.stop = number
 
     def loop(self):
         """Yields the steps to do, each with its own random numbers; saves; a signal ends it after a step."""

@@ -12,9 +12,16 @@ from twins.study_pictures import METRIC
 
 
 def read_rows(folder):
-    """The rows of a study's finished runs, a list of dicts; [] if there are none yet."""
-    file = Path(folder) / "rows.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The rows of a study's finished runs, a list of dicts; [] if there are none yet. Raises UserError."""
+    file, rows = Path(folder) / "rows.jsonl", []
+    for i, line in enumerate(file.read_text().splitlines() if file.exists() else []):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+                rows[-1]["script"], rows[-1]["label"], rows[-1]["seed"], rows[-1]["id"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"line {i + 1} of {file} is broken: fix or remove it") from None
+    return rows
 
 
 def write_rows(folder, rows):
@@ -107,7 +114,10 @@ def measures(row):
 def pair_with_full(rows):
     """{label: rows} of a script's removals, "full" first, and {label: differences} of those with pairs."""
     order = [f"{name} {state}" for name in (*MECHANISMS, "all") for state in ("off", "on")]
-    labels = sorted({row["label"] for row in rows} - {"full"}, key=order.index)
+    labels = {row["label"] for row in rows} - {"full"}
+    if unknown := labels - set(order):
+        raise UserError(f"{', '.join(sorted(unknown))}: not rows of a removal study")
+    labels = sorted(labels, key=order.index)
     runs = {label: [row for row in rows if row["label"] == label] for label in ("full", *labels)}
     differences = {label: paired(runs[label], runs["full"], METRIC) for label in labels}
     return runs, {label: found for label, found in differences.items() if found}

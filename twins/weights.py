@@ -138,7 +138,10 @@ def read_tensors(path):
             raise UserError(f"{file} does not exist")
         known["sha256"] = about.get("sha256")
     if file.suffix == ".safetensors":
-        content, expected = file.read_bytes(), known.pop("sha256", None)
+        try:
+            content, expected = file.read_bytes(), known.pop("sha256", None)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror})") from None
         if expected and expected != sha256(content):
             raise UserError(f"{file} is damaged: its checksum is not that of config.json")
         try:
