@@ -228,7 +228,7 @@ def folders(tmp_path):
 @pytest.mark.parametrize(
     "folder, words",
     [
-        ("absent", ["absent", "no folder"]),
+        ("absent", ["absent", "not a folder"]),
         ("empty", ["empty holds nothing"]),
         ("texts", ["1 files, none with an image's name"]),
         ("cut", ["b/2.jpg cannot be read"]),
