@@ -324,12 +324,12 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     assert f"better features?** {said} - **Which" in text
     said = f"CIFAR-10, {seeds} fresh seeds of each method's best setting, 0.1 PFLOP (1 to 1 minutes) a run: "
     assert said + "mean" in text
-    assert (f"{seeds} seeds cannot reach that" in text) == (seeds == 3) and "old" not in text
+    assert (f"impossible with {seeds} seeds" in text) == (seeds == 3) and "old" not in text
     p = 2 / 2 ** (seeds - 1)  # all pairs but one differ, in one direction
     stable = "Yes" if p < 0.05 else "Not shown"
     assert f"stable?** {stable}. Of {seeds} random settings at 0.1 PFLOP, {seeds} of DINO's coll" in text
     assert f"collapse, 1 of Hybrid A's (p = {p:.3f}). Collapsed: " in text
-    assert "By RankMe alone: 0 of DINO's, 0 of Hybrid A's (p = 1.000)." in text
+    assert "By RankMe alone not shown: 0 of DINO's, 0 of Hybrid A's (p = 1.000)." in text
     gain, (low, high) = 100 * np.mean(noise[2] - noise[0] + ahead), t_interval(noise[2] - noise[0] + ahead)
     gain = f"{gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     assert re.search(
@@ -341,7 +341,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     assert "segmentation" not in text and "attention maps" not in text
 
     write_rows(tmp_path / "removal-cifar10", [r for r in removed if r["seed"] == 0])
-    said = "no verdict yet: centering +1.0, EMA -10.0; already left out: multi-crop. - **Is"
+    said = "one seed so far: centering +1.0, EMA -10.0; already left out: multi-crop. - **Is"
     assert said in " ".join(answer(tmp_path, "cifar10", TITLES).split())
 
     for made in rows:

@@ -16,7 +16,7 @@ from twins.study_pictures import METRIC
 BLOCK = re.compile(r"<!-- answer (\S+) -->\n(.*?)<!-- end answer -->", re.DOTALL)
 STUDIES = ("search", "models", "removal")
 SIGNIFICANT = 0.05
-VERDICTS = ("no verdict yet", "can go", "cannot go", "unclear", "already left out")
+VERDICTS = ("one seed so far", "can go", "cannot go", "unclear", "already left out")
 
 
 def write_answer(readme, results, titles):
@@ -78,8 +78,8 @@ def protocol(models, dataset):
         f"{printed(dataset)}, {n} fresh seed{'s' * (n > 1)} of each method's best setting, {budget:g} PFLOP "
         f"({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard deviation in %; "
         "differences in points, paired by seed, with Student's 95 % interval. The figure shows k-NN on "
-        f"held-out training images. We answer yes or no if p < {SIGNIFICANT} (paired sign-flip test, Holm)"
-        f"{f'; {n} seeds cannot reach that' * too_few}. "
+        f"held-out training images. Yes or no needs p < {SIGNIFICANT} (paired sign-flip test, Holm)"
+        f"{f', impossible with {n} seeds' * too_few}. "
     )
 
 
@@ -148,6 +148,7 @@ def compare_collapse(search):
     collapsed, ps = failures(search, lambda row: row["collapsed"])
     fell, rank_ps = failures(search, rank_fell)
     fewer = all(collapsed[title] < collapsed["DINO"] and p < SIGNIFICANT for title, p in ps.items())
+    fewer_fell = all(fell[title] < fell["DINO"] and p < SIGNIFICANT for title, p in rank_ps.items())
 
     def count(counts, ps):
         return ", ".join(f"{counts[title]} of {title}'s (p = {p:.3f})" for title, p in ps.items())
@@ -155,7 +156,7 @@ def compare_collapse(search):
     return (
         f"{'Yes' if fewer else 'Not shown'}. Of {n} random settings at {budget:g} PFLOP, {collapsed['DINO']} "
         f"of DINO's collapse, {count(collapsed, ps)}. Collapsed: final k-NN below that of random weights "
-        "(possibly just slow learning), or RankMe below a quarter of theirs. By RankMe alone: "
+        f"(possibly just slow learning), or RankMe below a quarter of theirs. By RankMe alone{' not shown' * (not fewer_fell)}: "
         f"{fell['DINO']} of DINO's, {count(fell, rank_ps)}."
     )
 
@@ -180,7 +181,7 @@ def list_removals(removals):
             if state == "on":
                 lists.setdefault("already left out", []).append(name)
             else:
-                word = "no verdict yet" if len(found) == 1 else verdict(t_interval(found))
+                word = "one seed so far" if len(found) == 1 else verdict(t_interval(found))
                 lists.setdefault(word, []).append(f"{name} {100 * np.mean(found):+.1f}")
         text = "; ".join(f"{word}: {', '.join(lists[word])}" for word in sorted(lists, key=VERDICTS.index))
         now, random = (100 * np.mean([row[name] for row in full]) for name in ("knn", "knn_init"))
