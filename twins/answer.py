@@ -153,11 +153,12 @@ def compare_collapse(search):
     def count(counts, ps):
         return ", ".join(f"{counts[title]} of {title}'s (p = {p:.3f})" for title, p in ps.items())
 
+    alone = "By RankMe alone" if fewer_fell else "By RankMe alone not shown"
     return (
         f"{'Yes' if fewer else 'Not shown'}. Of {n} random settings at {budget:g} PFLOP, {collapsed['DINO']} "
         f"of DINO's collapse, {count(collapsed, ps)}. Collapsed: final k-NN below that of random weights "
-        f"(possibly just slow learning), or RankMe below a quarter of theirs. By RankMe alone{' not shown' * (not fewer_fell)}: "
-        f"{fell['DINO']} of DINO's, {count(fell, rank_ps)}."
+        f"(possibly just slow learning), or RankMe below a quarter of theirs. {alone}: {fell['DINO']} of "
+        f"DINO's, {count(fell, rank_ps)}."
     )
 
 
