@@ -128,6 +128,7 @@ if __name__ == "__main__":
     config = configure_evaluation(globals())
     device, autocast = setup(device, dtype, seed)
     backbone, about = load_backbone(config, device, ViT)
+    digest = sha256(Path(ckpt).read_bytes()) if Path(ckpt).is_file() else ""  # a run may save meanwhile
     dataset, data_dir = trained_on(config, about)
     if not dataset:
         raise UserError(f"--ckpt={ckpt} does not say what it was trained on: give --dataset")
@@ -150,8 +151,8 @@ if __name__ == "__main__":
     report.update(training_images=len(labels), test_images=len(test_labels))
     report.update(checkpoint=about, results=results)
     report.update(torch=torch.__version__, device=str(device), **git_state())
-    if Path(ckpt).is_file():
-        report["sha256"] = sha256(Path(ckpt).read_bytes())
+    if digest:
+        report["sha256"] = digest
     network = about.get("network", "random weights")
     print(f"\n{ckpt} ({network}) on {dataset}: {len(labels)} training, {len(test_labels)} test images\n")
     print("\n".join(table(results)))
