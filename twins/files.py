@@ -74,14 +74,22 @@ def read_log(path):
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     for i, line in enumerate(lines):
         try:
-            rows.append(json.loads(line))
-            if type(rows[-1]["step"]) is not int:
-                raise TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
+            rows.append(read_row(line, {"step": int}, f"line {i + 1} of {path}"))
+        except UserError:
             if i < len(lines) - 1:
-                raise UserError(f"line {i + 1} of {path} is broken: fix or remove it") from None
-            return rows[:i]
+                raise
     return rows
+
+
+def read_row(line, kinds, where):
+    """A line of JSON as a dict whose values have these {name: type}. Raises UserError for anything else."""
+    try:
+        row = json.loads(line)
+        if all(type(row[name]) is kind for name, kind in kinds.items()):
+            return row
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{where} is broken: fix or remove it")
 
 
 def sha256(content):

@@ -198,8 +198,8 @@ class Run:
         with self.attempt("the logger"):
             self.logger(row)
         with self.attempt("the warning of a collapse"):  # rows of a resumed run may be anything
-            warning = collapse(self.rows, self.steps, self.config)
-            if warning and "collapse" not in self.said:
+            said = "collapse" in self.said
+            if not said and (warning := collapse(self.rows, self.steps, self.config)):
                 self.said.add("collapse")
                 self.bar.write(f"warning at step {step}: {warning}")
         self.shown.update({n: f"{row[n]:.3g}" for n in ("loss", "images_per_s", "knn") if n in row})

@@ -6,21 +6,19 @@ from pathlib import Path
 
 from twins.decoding import locked
 from twins.errors import UserError
-from twins.files import read_json, read_log, write_file
+from twins.files import read_json, read_log, read_row, write_file
 from twins.settings import MECHANISMS
 from twins.study_pictures import METRIC
+
+KINDS = {"script": str, "label": str, "seed": int, "id": str}  # what every row has
 
 
 def read_rows(folder):
     """The rows of a study's finished runs, a list of dicts; [] if there are none yet. Raises UserError."""
     file, rows = Path(folder) / "rows.jsonl", []
     for i, line in enumerate(file.read_text().splitlines() if file.exists() else []):
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-                rows[-1]["script"], rows[-1]["label"], rows[-1]["seed"], rows[-1]["id"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"line {i + 1} of {file} is broken: fix or remove it") from None
+        if line.strip():
+            rows.append(read_row(line, KINDS, f"line {i + 1} of {file}"))
     return rows
 
 
