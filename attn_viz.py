@@ -62,7 +62,7 @@ heads = 0  # attention heads, for --ckpt=random (0: 3) and for weights that do n
 permutations = 20000  # assignments of runs to groups: all, or this many random ones if there are more [1..]
 seed = 0  # of the choice of images, the permutations and the bootstrap [0..]
 device = "auto"  # cuda, mps or cpu; auto: the first available
-dtype = "float32"  # of the backbone; auto: bfloat16 if the hardware supports it [auto|bfloat16|float64]
+dtype = "float32"  # of the backbone; auto: bfloat16 where it is faster [auto|bfloat16|float64]
 
 PRESETS = {"shapes": {"dim": 64, "depth": 3, "heads": 2}}  # for --ckpt=random, as in the training scripts
 COLUMNS = {"mass_over_area": "mass / area", "entropy_bits": "entropy, bits"}

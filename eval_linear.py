@@ -47,7 +47,7 @@ finetune_epochs = 20  # passes over the training images, each time [1..]
 label_fraction = 1.0  # fraction of the training labels to use, stratified by class [0..1]
 seed = 0  # for the random weights and the split [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
-dtype = "auto"  # of the backbone; auto: bfloat16 if the hardware supports it [float32|bfloat16|float64]
+dtype = "auto"  # of the backbone; auto: bfloat16 where it is faster [float32|bfloat16|float64]
 
 # as the training scripts have it, for --ckpt=random
 PRESETS = {

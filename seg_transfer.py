@@ -55,7 +55,7 @@ max_steps = 300  # optimizer steps of each head [1..]
 batch_size = 32  # images per step [1..]
 seed = 0  # for the held-out images, the heads and the order [0..]
 device = "auto"  # cuda, mps or cpu; auto: the first available
-dtype = "auto"  # of the backbone; auto: bfloat16 if the hardware supports it [float32|bfloat16|float64]
+dtype = "auto"  # of the backbone; auto: bfloat16 where it is faster [float32|bfloat16|float64]
 
 PRESETS = {"shapes": {"dim": 64, "depth": 3, "heads": 2}}  # for --ckpt=random, as in the training scripts
 

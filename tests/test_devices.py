@@ -313,6 +313,20 @@ def test_an_evaluation_finds_what_the_cpu_finds(train, command, tmp_path, device
     assert figures(device, "bfloat16") == pytest.approx(cpu, abs=0.05)
 
 
+@pytest.mark.parametrize("has_it, ratio, expected", [(1, 0.4, True), (1, 1.9, False), (0, 0.4, False)])
+def test_bfloat16_is_the_default_only_where_a_cpu_is_faster_in_it(monkeypatch, has_it, ratio, expected):
+    """An Intel Xeon with avx512_bf16 but without AMX takes 1.9 times as long as in float32."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: bool(has_it), raising=False)
+    monkeypatch.setattr(processes, "product_seconds", {torch.bfloat16: ratio, torch.float32: 1.0}.get)
+    with processes.setup("cpu", "auto", 0)[1]:
+        assert torch.is_autocast_enabled("cpu") == expected
+
+
+def test_a_product_is_timed_once():
+    assert 0 < processes.product_seconds(torch.float32) == processes.product_seconds(torch.float32)
+
+
 @pytest.mark.parametrize("device", gpu)
 def test_bfloat16_is_the_default_only_where_the_gpu_has_it(monkeypatch, device):
     """A GPU without it emulates it, slower than float32."""
