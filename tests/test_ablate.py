@@ -322,6 +322,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     text = " ".join(readme.read_text().split())
     assert text.startswith("above <!-- answer") and text.endswith("-- end answer --> below")
     assert f"better features?** {said} - **Which" in text
+    feature_answer = said
     said = f"CIFAR-10, {seeds} fresh seeds of each method's best setting, 0.1 PFLOP (1 to 1 minutes) a run: "
     assert said + "mean" in text
     assert (f"impossible with {seeds} seeds" in text) == (seeds == 3) and "old" not in text
@@ -343,6 +344,14 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     write_rows(tmp_path / "removal-cifar10", [r for r in removed if r["seed"] == 0])
     said = "one seed so far: centering +1.0, EMA -10.0; already left out: multi-crop. - **Is"
     assert said in " ".join(answer(tmp_path, "cifar10", TITLES).split())
+
+    write_rows(tmp_path / "models-cifar100", rows[:-seeds])  # without hybrid B
+    assert "CIFAR-100" not in answer(tmp_path, "cifar10", TITLES)
+    write_rows(tmp_path / "models-cifar100", [{**r, "setting": {"wd": 1.0}} for r in rows])
+    assert "CIFAR-100" not in answer(tmp_path, "cifar10", TITLES)
+    write_rows(tmp_path / "models-cifar100", rows)
+    text = " ".join(answer(tmp_path, "cifar10", TITLES).split())
+    assert f"And on CIFAR-100, with the same settings?** {feature_answer} Test k-NN: DINO " in text
 
     for made in rows:
         made["test"]["mIoU"] = 0.6 - 0.2 * made["script"].startswith("hybrid")

@@ -42,11 +42,14 @@ def answer(results, dataset, titles):
     else:
         picture, caption = f"search-{dataset}/expected-best.png", "Expected best of n trials"
     models, attention = studies["models"], read_attention(results / f"models-{dataset}")
-    questions = {
-        "Does adding CC give better features?": compare_models(models, main_measure(models)),
-        "Which of DINO's mechanisms become unnecessary?": list_removals(studies["removal"]),
-        "Is training more stable?": compare_collapse(studies["search"]),
-    }
+    questions = {"Does adding CC give better features?": compare_models(models, main_measure(models))}
+    for name, others in same_settings(results, dataset, models, titles).items():
+        measure = main_measure(others)
+        means = ", ".join(f"{title} {spreads(rows, [measure])[0]}" for title, rows in others.items())
+        text = f"{compare_models(others, measure)} {measure[0].upper() + measure[1:]}: {means}."
+        questions[f"And on {printed(name)}, with the same settings?"] = text
+    questions["Which of DINO's mechanisms become unnecessary?"] = list_removals(studies["removal"])
+    questions["Is training more stable?"] = compare_collapse(studies["search"])
     if any("mIoU" in measures(row) for rows in models.values() for row in rows):
         questions["Is segmentation better?"] = compare_models(models, "mIoU")
     if models and attention:
@@ -59,6 +62,19 @@ def answer(results, dataset, titles):
         wrap(f"{protocol(models, dataset)}All rows: {', '.join(links)}; [other results](results/README.md)."),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def same_settings(results, dataset, models, titles):
+    """{data set: its models study} of those with the methods and settings of `models`, so untuned there."""
+
+    def settings(groups):
+        return {title: rows[0]["setting"] for title, rows in groups.items()}
+
+    prefix = "models-"
+    names = sorted(folder.name.removeprefix(prefix) for folder in results.glob(f"{prefix}*"))
+    studies = {name: group_rows(read_rows(results / f"{prefix}{name}"), titles) for name in names}
+    studies.pop(dataset, None)
+    return {name: rows for name, rows in studies.items() if rows and settings(rows) == settings(models)}
 
 
 def wrap(text, indent=""):
@@ -143,7 +159,7 @@ def compare_attention(test):
 def compare_collapse(search):
     """Whether fewer random settings of a hybrid collapse than of DINO, and by RankMe alone."""
     if "DINO" not in search or not split_titles(search)[0]:
-        return "Not answered yet: there is no search."
+        return "Not answered yet: that needs a search with DINO and a hybrid."
     budget, n = search["DINO"][0]["budget"], len(search["DINO"])
     collapsed, ps = failures(search, lambda row: row["collapsed"])
     fell, rank_ps = failures(search, rank_fell)

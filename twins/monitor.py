@@ -11,6 +11,8 @@ from twins.datasets import from_bytes, normalise, resize
 from twins.errors import UserError
 from twins.processes import gather, global_mean, shard, to_float32, world
 
+COLLAPSED_RANK = 0.25  # a RankMe below this share of random weights' is a collapse
+
 
 @torch.no_grad()
 def features(backbone, images, indices, device, autocast, batch_size=500, size=0):
@@ -93,7 +95,7 @@ def collapse(rows, steps, config):
     evaluations = [row for row in rows if "rank" in row] if "rank" in rows[-1] else []
     if len(evaluations) > 1 and not warming_up:
         first, last = evaluations[0], evaluations[-1]
-        if last["rank"] < first["rank"] / 4:
+        if last["rank"] < COLLAPSED_RANK * first["rank"]:
             return f"the features collapse: RankMe fell from {first['rank']:.1f} to {last['rank']:.1f}"
         low = [row for row in evaluations[1:] if row.get("knn", 1) < row.get("knn_init", 0)]
         if low[-2:] == evaluations[-2:]:

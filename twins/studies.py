@@ -7,6 +7,7 @@ from pathlib import Path
 from twins.decoding import locked
 from twins.errors import UserError
 from twins.files import read_json, read_log, read_row, write_file
+from twins.monitor import COLLAPSED_RANK
 from twins.settings import MECHANISMS
 from twins.study_pictures import METRIC
 
@@ -70,7 +71,7 @@ def run_results(folder, flop, diverged):
 
 def rank_fell(row):
     """Whether a run's RankMe ended below a quarter of the untrained network's."""
-    return row["rank"] < row["rank_init"] / 4
+    return row["rank"] < COLLAPSED_RANK * row["rank_init"]
 
 
 def sorted_trials(rows):
