@@ -1,14 +1,16 @@
 """Studies: which settings learn, which method learns best, which mechanisms can go. Runs the real scripts.
 
     python ablate.py --study=search --dataset=cifar10 --trials=16   random settings, the same number for all
-    python ablate.py --study=search --search_dir=... --trials=2     its best settings again, and one by hand
-    python ablate.py --study=models --dataset=cifar10 --seeds=6     the best of each on fresh seeds, test set
-    python ablate.py --study=removal --dataset=cifar10 --seeds=6    each mechanism off alone, and all of them
+    python ablate.py --study=models --dataset=cifar10 --seeds=8     the best of each on fresh seeds, test set
+    python ablate.py --study=removal --dataset=cifar10 --seeds=8    each mechanism off alone, and all of them
     python ablate.py --study=... --dry_run=True                     what it would run, and how long that takes
     python ablate.py --study=... --report=True                      tables, figures, README from the rows
 
 All runs of a study use the same number of floating-point operations: steps = pflop / count per step. A
-search given another's --search_dir is its second round, with a larger --pflop (successive halving).
+search's second round (successive halving) trains its best settings again, and one by hand, for longer:
+
+    python ablate.py --study=search --search_dir=FIRST --trials=2 --pflop=0.04 --out_dir=SECOND
+    python ablate.py --study=models --search_dir=SECOND
 Settings are chosen on held-out training images: the best is the one of highest k-NN accuracy among the trials
 that did not collapse. A run collapsed if its RankMe ends below a quarter of the untrained network's, its k-NN
 accuracy below the untrained network's, or its loss was not finite.
@@ -47,9 +49,9 @@ scripts = "dino,barlow,hybrid_a,hybrid_b"  # which training scripts
 dataset = "shapes"  # any data set of the training scripts, with labels
 data_dir = "data"  # where its files are
 masks_dir = ""  # for models: a folder of images and masks for seg_transfer.py; empty: on shapes only
-preset = "small"  # of the scripts; for shapes they have one of that name
+preset = "small"  # of the scripts; on shapes their shapes preset
 trials = 16  # settings of a search: random ones, or the best of --search_dir [1..]
-seeds = 6  # seeds per setting in models and removal [1..]
+seeds = 8  # seeds per setting in models and removal; fewer cannot give p < 0.05 after Holm [1..]
 pflop = 0.0  # floating-point operations per run, in 1e15; 0: the default in PFLOP [0..]
 search_dir = ""  # the search whose best settings are used; empty, in models and removal: results/search-...
 out_dir = ""  # rows, tables and figures; empty: results/<study>-<dataset>

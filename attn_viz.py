@@ -59,7 +59,7 @@ patch_size = 4  # pixels, for --ckpt=random [1..]
 dim = 192  # width, for --ckpt=random [1..]
 depth = 12  # blocks, for --ckpt=random [1..]
 heads = 0  # attention heads, for --ckpt=random (0: 3) and for weights that do not say (0: guessed) [0..]
-permutations = 20000  # assignments of runs to groups: all, or this many random ones if there are more [1..]
+permutations = 20000  # regroupings of the runs: all, or this many at random if there are more [1..]
 seed = 0  # of the choice of images, the permutations and the bootstrap [0..]
 device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "float32"  # of the backbone; auto: bfloat16 where it is faster [auto|bfloat16|float64]

@@ -5,7 +5,7 @@ X1, X2 are random views of an image, Z1, Z2 their projections; z1, z2: columns s
     C = z1^T z2 / B    L = CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D
 
 Views go through the projector one by one, as in the official code: BatchNorm sees one at a time. The division
-by D is ours. AdamW, because LARS collapses with a ViT.
+by D is ours, and the 1e-6 added to a variance (there 1e-5). AdamW, because LARS collapses with a ViT.
 
     python barlow.py --dataset=shapes                        a few minutes on two CPU cores
     python barlow.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 pixels
@@ -37,7 +37,7 @@ init = ""  # weights to start from: a run, an export folder, a file of DINO's, D
 seed = 0  # for the weights, data order and views [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "auto"  # of the networks; auto: bfloat16 where it is faster [float32|bfloat16|float64]
-compile = False  # torch.compile: a minute slower to start, faster afterwards on a GPU
+compile = False  # torch.compile: minutes slower to start, faster afterwards
 epochs = 100  # passes over the training images [1..]
 max_steps = 0  # optimizer steps; 0: as many as `epochs` gives [0..]
 batch_size = 256  # images per step, over all processes [2..]

@@ -1,7 +1,8 @@
 """How fast: images/s of the training scripts on this machine, the share of views, memory, and the limit.
 
-Each row is a script as its user runs it, on `shapes` with the defaults of larger data sets: ViT-Ti/4, 2 x 32
-+ 6 x 16 pixels. It runs in a process of its own, `warmup` steps and then `steps` that count.
+Each row is a script on `shapes` with the defaults of larger data sets, ViT-Ti/4, and as many local views for
+all: 2 x 32 + 6 x 16 pixels (hybrid B 3 x 32). It runs in a process of its own, `warmup` steps and then
+`steps` that count.
 
     TFLOP/s = floating-point operations of a step's matrix products, attention's too / seconds of a step
     of the limit = that / TFLOP/s of a large product in the same precision, the best seen so far
@@ -32,7 +33,7 @@ from twins.keys import parse
 from twins.processes import setup
 
 scripts = "dino,barlow,hybrid_a,hybrid_b"  # which ones
-against = ""  # compare views alone with those of another library [torchvision]
+against = ""  # compare views alone with those of another library [|torchvision]
 out_dir = "out/bench"  # where bench.json and traces go
 device = "auto"  # cuda or cpu; auto: cuda if available
 dtype = "auto"  # of the networks; auto: bfloat16 where it is faster [float32|bfloat16]

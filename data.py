@@ -131,7 +131,7 @@ def multi_crop(images, crops, seed, step):
     With several processes, `images` is this one's shard of the batch; random numbers drawn for the other
     shards are discarded.
 
-    Crops of one size are made together; about 5,000 images a second in 2 + 6 views on two CPU cores.
+    Crops of one size are made together.
     """
     rng = np.random.default_rng((seed, 1, step, 0))
     drawn = [draw(len(images) * world(), images.shape[-1], crop, rng) for crop in crops]

@@ -6,7 +6,7 @@ The teacher is the exponential moving average (EMA) of the student, without grad
     P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)    CE = H(P_t, P_s)
     L = mean of CE over pairs of different views, the teacher's and the student's
 
-The official code step for step, but: L2 epsilon 1e-6 (there 1e-12); tau_t warms up only if below tau_s.
+As in the official code, except: L2 epsilon 1e-6 (there 1e-12); tau_t warms up only if below tau_s.
 
     python dino.py --dataset=shapes                        a few minutes on two CPU cores
     python dino.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 + 6 x 16 pixels
@@ -40,7 +40,7 @@ init = ""  # weights to start from: a run, an export folder, a file of DINO's, D
 seed = 0  # for the weights, data order and views [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "auto"  # of the networks; auto: bfloat16 where it is faster [float32|bfloat16|float64]
-compile = False  # torch.compile: a minute slower to start, faster afterwards on a GPU
+compile = False  # torch.compile: minutes slower to start, faster afterwards
 epochs = 100  # passes over the training images [1..]
 max_steps = 0  # optimizer steps; 0: as many as `epochs` gives [0..]
 batch_size = 256  # images per step, over all processes [2..]
@@ -224,7 +224,7 @@ if __name__ == "__main__":
 
         # --- method
         warming_up = tau_t < tau_s and epoch < tau_t_warmup_epochs  # no warm-up without sharpening
-        progress = int(epoch) / max(tau_t_warmup_epochs - 1, 1) if warming_up else 1.0
+        progress = min(int(epoch) / max(tau_t_warmup_epochs - 1, 1), 1) if warming_up else 1
         with autocast:
             z_s, z_t = model(views), teacher(views[:2])
         tau = tau_t_start + (tau_t - tau_t_start) * progress

@@ -41,7 +41,7 @@ init = ""  # weights to start from: a run, an export folder, a file of DINO's, D
 seed = 0  # for the weights, data order and views [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "auto"  # of the networks; auto: bfloat16 where it is faster [float32|bfloat16|float64]
-compile = False  # torch.compile: a minute slower to start, faster afterwards on a GPU
+compile = False  # torch.compile: minutes slower to start, faster afterwards
 epochs = 100  # passes over the training images [1..]
 max_steps = 0  # optimizer steps; 0: as many as `epochs` gives [0..]
 batch_size = 256  # images per step, over all processes [2..]
@@ -256,7 +256,7 @@ if __name__ == "__main__":
 
         # --- method
         warming_up = tau_t < tau_s and epoch < tau_t_warmup_epochs  # no warm-up without sharpening
-        progress = int(epoch) / max(tau_t_warmup_epochs - 1, 1) if warming_up else 1.0
+        progress = min(int(epoch) / max(tau_t_warmup_epochs - 1, 1), 1) if warming_up else 1
         with autocast:
             (z_s, z_s_cc), (z_t, z_t_cc) = model(views), teacher(views[:2])
         tau = tau_t_start + (tau_t - tau_t_start) * progress

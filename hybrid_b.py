@@ -41,7 +41,7 @@ init = ""  # weights to start from: a run, an export folder, a file of DINO's, D
 seed = 0  # for the weights, data order and views [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "auto"  # of the networks; auto: bfloat16 where it is faster [float32|bfloat16|float64]
-compile = False  # torch.compile: a minute slower to start, faster afterwards on a GPU
+compile = False  # torch.compile: minutes slower to start, faster afterwards
 epochs = 100  # passes over the training images [1..]
 max_steps = 0  # optimizer steps; 0: as many as `epochs` gives [0..]
 batch_size = 256  # images per step, over all processes [2..]
@@ -88,7 +88,7 @@ ema = 0.996  # momentum of the teacher at the start; 0: the teacher is the curre
 ema_end = 1.0  # momentum of the teacher at the end of its cosine schedule [0..1]
 alpha = 20.0  # weight of CC beside CE; 0: CE alone [0..]
 lambd = 0.005  # weight of C's off-diagonal [0..]
-cc_local = False  # CC of the local views as well
+cc_local = False  # CC of X1 with the local views as well
 head = "shared"  # one Z for both losses, or a Barlow projector of its own for CC [shared|two]
 proj_dim = 512  # width of that projector, D [1..]
 # --- end method
@@ -256,7 +256,7 @@ if __name__ == "__main__":
 
         # --- method
         warming_up = tau_t < tau_s and epoch < tau_t_warmup_epochs  # no warm-up without sharpening
-        progress = int(epoch) / max(tau_t_warmup_epochs - 1, 1) if warming_up else 1.0
+        progress = min(int(epoch) / max(tau_t_warmup_epochs - 1, 1), 1) if warming_up else 1
         with autocast:
             (z_s, z_s_cc), (z_t, _) = model(views[:-1]), teacher(views[-1:])
         tau = tau_t_start + (tau_t - tau_t_start) * progress

@@ -210,7 +210,7 @@ def test_without_a_pair_of_seeds_there_is_no_answer():
     rows = {"DINO": [row("dino", "full", 1, 0.3)], "Hybrid A": [row("hybrid_a", "full", 2, 0.4)]}
     assert compare_models(rows, "held-out k-NN") == "Inconclusive with 0 seeds."
     one = {"DINO": [row("dino", "full", 0, 0.3)], "Hybrid A": [row("hybrid_a", "full", 0, 0.4)]}
-    assert compare_models(one, "held-out k-NN") == "Better than DINO, for Hybrid A in each of 1 seeds."
+    assert compare_models(one, "held-out k-NN") == "Better than DINO (Hybrid A, all 1 seeds)."
 
 
 def test_rows_of_other_options_are_refused(tmp_path):
@@ -287,9 +287,9 @@ def test_the_readmes_figures_are_those_of_the_rows():
 @pytest.mark.parametrize(
     "ahead, seeds, said",
     [
-        (0.05, 8, "Yes: better than DINO, better than Barlow Twins, for both hybrids in each of 8 seeds."),
-        (-0.05, 8, "No: worse than DINO, worse than Barlow Twins, for both hybrids in each of 8 seeds."),
-        (0.05, 3, "Better than DINO, better than Barlow Twins, for both hybrids in each of 3 seeds."),
+        (0.05, 8, "Yes: better than DINO, better than Barlow Twins (both hybrids, all 8 seeds)."),
+        (-0.05, 8, "No: worse than DINO, worse than Barlow Twins (both hybrids, all 8 seeds)."),
+        (0.05, 3, "Better than DINO, better than Barlow Twins (both hybrids, all 3 seeds)."),
         (0.0, 8, "Inconclusive with 8 seeds."),
     ],
 )
@@ -327,22 +327,22 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     assert said + "mean" in text
     assert (f"impossible with {seeds} seeds" in text) == (seeds == 3) and "old" not in text
     p = 2 / 2 ** (seeds - 1)  # all pairs but one differ, in one direction
-    stable = "Yes" if p < 0.05 else "Not shown"
+    stable = "Fewer settings fail" if p < 0.05 else "Not shown"
     assert f"stable?** {stable}. Of {seeds} random settings at 0.1 PFLOP, {seeds} of DINO's coll" in text
     assert f"collapse, 1 of Hybrid A's (p = {p:.3f}). Collapsed: " in text
-    assert "By RankMe alone not shown: 0 of DINO's, 0 of Hybrid A's (p = 1.000)." in text
+    assert "By RankMe alone, not shown: 0 of DINO's, 0 of Hybrid A's (p = 1.000)." in text
     gain, (low, high) = 100 * np.mean(noise[2] - noise[0] + ahead), t_interval(noise[2] - noise[0] + ahead)
     gain = f"{gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     assert re.search(
         rf"Hybrid A \| \S+ ± \S+ \| {re.escape(gain)} \| .* \| 50.0 ± 0.0 \| 1 of {seeds + 1} ", text
     )
-    verdicts = "can go: centering +1.0; cannot go: EMA -10.0; already left out: multi-crop."
+    verdicts = "can go: centering +1.0; cannot go: EMA -10.0."
     assert f"Hybrid A ({seeds} seeds; 30.0 with nothing removed, 20.0 untrained): {verdicts}" in text
     assert 'src="results/models-cifar10/cost.png" alt="k-NN against PFLOP, CIFAR-10"' in text
     assert "segmentation" not in text and "attention maps" not in text
 
     write_rows(tmp_path / "removal-cifar10", [r for r in removed if r["seed"] == 0])
-    said = "one seed so far: centering +1.0, EMA -10.0; already left out: multi-crop. - **Is"
+    said = "one seed so far: centering +1.0, EMA -10.0. - **Is"
     assert said in " ".join(answer(tmp_path, "cifar10", TITLES).split())
 
     write_rows(tmp_path / "models-cifar100", rows[:-seeds])  # without hybrid B
@@ -358,15 +358,18 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     write_rows(tmp_path / "models-cifar10", rows)
     test = {"groups": list(TITLES), "between": 0.3, "within": 0.2, "ratio": 1.5, "effect": 0.1, "p": 0.01}
     test.update(interval95=[0.1, 0.2], exact=True, paired="all", smallest_p=0.01, spread_differs=False)
-    write_file(tmp_path / "models-cifar10/attention.json", json.dumps({"tests": [test]}))
+    write_file(
+        tmp_path / "models-cifar10/attention.json",
+        json.dumps({"tests": [test], "names": [*TITLES, "random"], "group_of_run": [0, 0, 1, 4]}),
+    )
     text = " ".join(answer(tmp_path, "cifar10", TITLES).split())
     said = "No: worse than" if seeds == 8 else "Worse than"
-    said += f" DINO, worse than Barlow Twins, for both hybrids in each of {seeds} seeds."
+    said += f" DINO, worse than Barlow Twins (both hybrids, all {seeds} seeds)."
     assert f"segmentation better?** {said} - **Do" in text
     said = (
         "0.30 bits of Jensen-Shannon divergence between methods, 0.20 between seeds of one method, p = 0.01"
     )
-    assert f"differ?** Yes, by more than seeds do: {said} (permutation" in text
+    assert f"differ?** Yes, by more than seeds do: {said} (permutation test, 3 runs)" in text
     assert f"| 50.0 ± 0.0 | 60.0 ± 0.0 | {seeds} of {seeds} |" in text
 
 

@@ -40,6 +40,8 @@ def test_teacher_temperature_warmup(train, script, monkeypatch):
     tau = watch(train, script, lambda g: g["tau"], max_steps=8, tau_t=0.07, tau_t_warmup_epochs=3.0)
     assert tau == pytest.approx([0.04, 0.04, 0.055, 0.055, 0.07, 0.07, 0.07, 0.07])  # np.linspace by epoch
     assert watch(train, script, lambda g: g["tau"], tau_t=0.07, tau_t_warmup_epochs=0) == [0.07] * 3
+    tau = watch(train, script, lambda g: g["tau"], max_steps=8, tau_t=0.07, tau_t_warmup_epochs=2.5)
+    assert tau == pytest.approx([0.04, 0.04, 0.06, 0.06, 0.07, 0.07, 0.07, 0.07])
 
 
 @pytest.mark.parametrize("end", [0.9, 0.5])

@@ -46,7 +46,7 @@ def test_t_interval_holds_the_mean_as_often_as_it_says():
 
 def test_t_interval_by_hand():
     assert t_interval([1, 2, 3]) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
-    assert t_interval([0.1]) == (-inf, inf) and verdict(t_interval([0.1])) == "unclear"
+    assert t_interval([0.1]) == (-inf, inf) and verdict(t_interval([0.1]), 1) == "unclear"
 
 
 def test_wilson_by_hand():
@@ -55,6 +55,7 @@ def test_wilson_by_hand():
 
 
 def test_the_verdict_follows_its_rule():
-    assert verdict((-0.019, 0.05)) == "can go"
-    assert verdict((-0.09, -0.021)) == "cannot go"
-    assert verdict((-0.03, 0.01)) == "unclear"
+    assert verdict((-0.019, 0.05), 0.05) == "can go"
+    assert verdict((-0.09, -0.021), 0.05) == "cannot go"
+    assert verdict((-0.03, 0.01), 0.05) == "unclear"
+    assert verdict((-0.019, 0.05), 0.039) == "too little learned"  # all of it could be lost

@@ -10,13 +10,13 @@ from twins.files import write_file
 from twins.pictures import printed
 from twins.reports import points, read_attention, spreads, table
 from twins.statistics import holm, sign_flip_p, t_interval, verdict
-from twins.studies import group_rows, measures, pair_with_full, paired, rank_fell, read_rows
+from twins.studies import group_rows, learned, measures, pair_with_full, paired, rank_fell, read_rows
 from twins.study_pictures import METRIC
 
 BLOCK = re.compile(r"<!-- answer (\S+) -->\n(.*?)<!-- end answer -->", re.DOTALL)
 STUDIES = ("search", "models", "removal")
 SIGNIFICANT = 0.05
-VERDICTS = ("one seed so far", "can go", "cannot go", "unclear", "already left out")
+VERDICTS = ("one seed so far", "too little learned", "can go", "cannot go", "unclear")
 
 
 def write_answer(readme, results, titles):
@@ -53,13 +53,18 @@ def answer(results, dataset, titles):
     if any("mIoU" in measures(row) for rows in models.values() for row in rows):
         questions["Is segmentation better?"] = compare_models(models, "mIoU")
     if models and attention:
-        questions["Do attention maps differ?"] = compare_attention(attention["tests"][0])
-    links = [f"[{name}](results/{name}-{dataset}/README.md)" for name in STUDIES if studies[name]]
+        questions["Do attention maps differ?"] = compare_attention(attention)
+    folders = [f"search-{dataset}", f"search-{dataset}-round2", f"models-{dataset}", f"removal-{dataset}"]
+    links = [
+        f"[{name.replace(f'-{dataset}', '')}](results/{name}/README.md)"
+        for name in folders
+        if read_rows(results / name)
+    ]
     parts = [
         overview(studies),
         f'<img align="right" width="330" src="results/{picture}" alt="{caption}, {printed(dataset)}">',
         "\n".join(wrap(f"- **{question}** {text}", "  ") for question, text in questions.items()),
-        wrap(f"{protocol(models, dataset)}All rows: {', '.join(links)}; [other results](results/README.md)."),
+        wrap(f"{protocol(models, dataset)}Studies: {', '.join(links)}; [other results](results/README.md)."),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -79,7 +84,7 @@ def same_settings(results, dataset, models, titles):
 
 def wrap(text, indent=""):
     options = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": indent}
-    return textwrap.fill(text, 105, **options)
+    return textwrap.fill(text, 109, **options)
 
 
 def protocol(models, dataset):
@@ -89,13 +94,18 @@ def protocol(models, dataset):
     n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
     minutes = [row["seconds"] / 60 for rows in models.values() for row in rows]
     hybrids, singles = split_titles(models)
+    own = [title for title in hybrids if models[title][0]["setting"].get("head") == "two"]
+    own = f"CC has a projector of its own in {' and '.join(own)} (`--head=two`)" if own else ""
+    local = [title for title in hybrids if models[title][0]["setting"].get("cc_local")]
+    local = f"joins local views in {' and '.join(local)} (`--cc_local=True`)" if local else ""
+    cc = f"{', and '.join(filter(None, (own, local)))}. " if own or local else ""
     too_few = len(hybrids) * len(singles) * 2 / 2**n > SIGNIFICANT
     return (
         f"{printed(dataset)}, {n} fresh seed{'s' * (n > 1)} of each method's best setting, {budget:g} PFLOP "
         f"({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard deviation in %; "
         "differences in points, paired by seed, with Student's 95 % interval. The figure shows k-NN on "
-        f"held-out training images. Yes or no needs p < {SIGNIFICANT} (paired sign-flip test, Holm)"
-        f"{f', impossible with {n} seeds' * too_few}. "
+        f"held-out training images. A yes or no needs p < {SIGNIFICANT} (paired sign-flip test, Holm)"
+        f"{f', impossible with {n} seeds' * too_few}. {cc}"
     )
 
 
@@ -133,7 +143,7 @@ def compare_models(models, measure):
         word = ""
     sides = ", ".join(filter(None, sides))
     which = "both hybrids" if len(hybrids) > 1 else hybrids[0]
-    text = f"{sides}, for {which} in each of {n} seeds." if sides else f"inconclusive with {n} seeds."
+    text = f"{sides} ({which}, all {n} seeds)." if sides else f"inconclusive with {n} seeds."
     return word + (text if word else text[0].upper() + text[1:])
 
 
@@ -145,14 +155,16 @@ def side(differences, single):
     return ""
 
 
-def compare_attention(test):
+def compare_attention(attention):
     """attn_viz.py's test of all methods' maps, in one sentence."""
+    test = attention["tests"][0]
     if "p" not in test:
         return "Not answered yet: that needs two seeds of each method."
+    n = sum(attention["names"][group] in test["groups"] for group in attention["group_of_run"])
     word = "Yes, by more than seeds do" if test["p"] <= SIGNIFICANT else "Not shown"
     return (
         f"{word}: {test['between']:.2f} bits of Jensen-Shannon divergence between methods, "
-        f"{test['within']:.2f} between seeds of one method, p = {test['p']:.2g} (permutation test over runs)."
+        f"{test['within']:.2f} between seeds of one method, p = {test['p']:.2g} (permutation test, {n} runs)."
     )
 
 
@@ -169,12 +181,12 @@ def compare_collapse(search):
     def count(counts, ps):
         return ", ".join(f"{counts[title]} of {title}'s (p = {p:.3f})" for title, p in ps.items())
 
-    alone = "By RankMe alone" if fewer_fell else "By RankMe alone not shown"
+    word = "Yes" if fewer and fewer_fell else "Fewer settings fail" if fewer else "Not shown"
     return (
-        f"{'Yes' if fewer else 'Not shown'}. Of {n} random settings at {budget:g} PFLOP, {collapsed['DINO']} "
-        f"of DINO's collapse, {count(collapsed, ps)}. Collapsed: final k-NN below that of random weights "
-        f"(possibly just slow learning), or RankMe below a quarter of theirs. {alone}: {fell['DINO']} of "
-        f"DINO's, {count(fell, rank_ps)}."
+        f"{word}. Of {n} random settings at {budget:g} PFLOP, {collapsed['DINO']} of DINO's collapse, "
+        f"{count(collapsed, ps)}. Collapsed: final k-NN below that of random weights (possibly just slow "
+        f"learning), or RankMe below a quarter of theirs. By RankMe alone{', not shown' * (not fewer_fell)}: "
+        f"{fell['DINO']} of DINO's, {count(fell, rank_ps)}."
     )
 
 
@@ -193,12 +205,12 @@ def list_removals(removals):
     for title, rows in removals.items():
         runs, differences = pair_with_full(rows)
         full, lists = runs["full"], {}
+        gain = learned(full)
         for label, found in differences.items():
             name, _, state = label.rpartition(" ")
-            if state == "on":
-                lists.setdefault("already left out", []).append(name)
-            else:
-                word = "one seed so far" if len(found) == 1 else verdict(t_interval(found))
+            if state == "off":
+                word = "one seed so far" if len(found) == 1 else verdict(t_interval(found), gain)
+                name = "all at once" if name == "all" else name
                 lists.setdefault(word, []).append(f"{name} {100 * np.mean(found):+.1f}")
         text = "; ".join(f"{word}: {', '.join(lists[word])}" for word in sorted(lists, key=VERDICTS.index))
         now, random = (100 * np.mean([row[name] for row in full]) for name in ("knn", "knn_init"))
@@ -209,7 +221,8 @@ def list_removals(removals):
     if not sentences:
         return "Not answered yet: no removal has been run."
     budget = next(iter(removals.values()))[0]["budget"]
-    return f"Change in {METRIC} (points) without each, at {budget:g} PFLOP. {' '.join(sentences)}"
+    rule = "a mechanism can go if its 95 % interval lies above -2"
+    return f"Change in {METRIC} (points) when removed, at {budget:g} PFLOP; {rule}. {' '.join(sentences)}"
 
 
 def overview(studies):
@@ -230,4 +243,4 @@ def overview(studies):
             line += [*spreads(runs, [main]), *differences, *spreads(runs, others)]
         collapsed = sum(row["collapsed"] for row in trials)
         lines.append([*line, f"{collapsed} of {len(trials)}" if trials else ""])
-    return table(["method", *columns, "collapsed settings"], lines)
+    return table(["method", *columns, "collapsed in search"], lines)

@@ -51,7 +51,7 @@ def evaluate(backbone, data, bank, queries, device, autocast):
 
     data: Split; bank, queries: rows of it, int64 [m]. feature_std is the std of L2-normalised features, mean
     over columns, times sqrt(d): 1 when they fill the sphere, 0 when they collapse (SimSiam, 2011.10566).
-    rank is RankMe (2210.02885), exp of the entropy of the singular values.
+    rank is RankMe (2210.02885) of these features: exp of the entropy of their singular values.
     """
     look, row = partial(features, backbone, data.images, size=data.image_size), {}
     z = look(bank, device, autocast)
@@ -123,7 +123,7 @@ def collapse(rows, steps, config):
 def correlation_meters(z1, z2):
     """c_diag, c_off: mean of the diagonal of C, and mean size off it, of two projections [b d]."""
     z1, z2 = (z - global_mean(z.mean(0)) for z in (z1, z2))
-    z1, z2 = (z / (global_mean(z.square().mean(0)) + 1e-5).sqrt() for z in (z1, z2))
+    z1, z2 = (z / (global_mean(z.square().mean(0)) + 1e-6).sqrt() for z in (z1, z2))
     c, d = global_mean(z1.T @ z2 / len(z1)), z1.shape[1]
     return {
         "c_diag": c.diagonal().mean(),

@@ -10,7 +10,7 @@ from twins.files import read_json, write_file
 from twins.permutation import sentence
 from twins.pictures import printed
 from twins.statistics import expected_best, holm, sign_flip_p, t_interval, verdict, wilson_interval
-from twins.studies import best_trial, group_rows, measures, pair_with_full, paired, read_rows
+from twins.studies import best_trial, group_rows, learned, measures, pair_with_full, paired, read_rows
 from twins.study_pictures import METRIC, best_figure, cost_figure, differences_figure
 
 PROTOCOL = {
@@ -18,10 +18,12 @@ PROTOCOL = {
     "and best k-NN a trial that collapsed counts as its untrained network.",
     "second round": "The best settings of a shorter search and one by hand (ablate.py), the same number for "
     "every method, with a larger budget and one seed that the search does not have.",
-    "models": "The best setting of each method's search on fresh seeds. Differences are paired by seed.",
+    "models": "The best setting of each method's search, or its second round if there is one, on fresh "
+    "seeds. Differences are paired by seed.",
     "removal": "One mechanism changed at a time, paired with the full run of its seed. The verdict, stated "
     "before the runs: *can go* if the interval of the difference lies above -2 points, *cannot go* if it "
-    "lies below, else *unclear*.",
+    "lies below, else *unclear*. Added later: *too little learned* if the full runs are less than 4 points "
+    "above random weights, where losing all that was learned could pass for *can go*.",
 }
 
 
@@ -170,7 +172,9 @@ def report_models(groups):
     for title, rows in groups.items():
         columns = ("rank", "rank_init", "pflop", "seconds")
         mean = {name: np.mean([row[name] for row in rows]) for name in columns}
-        cost = [f"{mean['pflop']:.3g}", rows[0]["steps"], rows[0]["views"], f"{mean['seconds'] / 60:.1f}"]
+        steps = sorted(row["steps"] for row in rows)
+        steps = " to ".join(map(str, dict.fromkeys((steps[0], steps[-1]))))
+        cost = [f"{mean['pflop']:.3g}", steps, rows[0]["views"], f"{mean['seconds'] / 60:.1f}"]
         ranks = f"{mean['rank']:.1f} ({mean['rank_init']:.1f})"
         lines.append([title, len(rows), *cost, collapsed_share(rows), ranks, *spreads(rows, names)])
     columns = ["method", "seeds", "PFLOP", "steps", "views", "minutes"]
@@ -208,6 +212,8 @@ def differences_table(name, panel, runs=None):
     ps, lines = [sign_flip_p(found) for found in panel.values()], []
     for (label, found), p, corrected in zip(panel.items(), ps, holm(ps), strict=True):
         line = [label, len(found), *points(found), f"{p:.3f}", f"{corrected:.3f}"]
-        lines.append(line + ([collapsed_share(runs[label]), verdict(t_interval(found))] if runs else []))
+        if runs:
+            line += [collapsed_share(runs[label]), verdict(t_interval(found), learned(runs["full"]))]
+        lines.append(line)
     columns = [name, "pairs", "points", "95 % interval", "p", "p (Holm)"]
     return table(columns + (["collapsed (95 %)", "verdict"] if runs else []), lines)

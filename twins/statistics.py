@@ -58,7 +58,7 @@ def holm(ps):
 def expected_best(values):
     """[k] trials -> [k]: expected maximum of n of them drawn without replacement, n = 1 to k.
 
-    Unbiased for the best of n new trials (the estimator of Tang et al., 2011.03091, for the curve of Dodge et
+    Unbiased for the best of n new trials (the estimator of Tang et al., 2004.13705, for the curve of Dodge et
     al., 1909.03004).
     """
     values = np.sort(np.asarray(values, float))
@@ -78,9 +78,14 @@ def wilson_interval(count, n, z=1.96):
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def verdict(interval, margin=-0.02):
-    """Whether a mechanism can go, from the interval of the accuracy without it less that with it."""
+def verdict(interval, learned, margin=-0.02):
+    """Whether a mechanism can go, from the interval of the accuracy without it less that with it.
+
+    learned: the accuracy with it less that of random weights. Below twice the margin there is little to lose.
+    """
     low, high = interval
+    if learned < -2 * margin:
+        return "too little learned"
     if low > margin:
         return "can go"
     return "cannot go" if high < margin else "unclear"

@@ -111,15 +111,25 @@ def measures(row):
 
 
 def pair_with_full(rows):
-    """{label: rows} of a script's removals, "full" first, and {label: differences} of those with pairs."""
+    """{label: rows} of a script's removals, "full" first, and {label: differences} of those with pairs.
+
+    Full runs of seeds without a removal are left out.
+    """
     order = [f"{name} {state}" for name in (*MECHANISMS, "all") for state in ("off", "on")]
     labels = {row["label"] for row in rows} - {"full"}
     if unknown := labels - set(order):
         raise UserError(f"{', '.join(sorted(unknown))}: not rows of a removal study")
     labels = sorted(labels, key=order.index)
+    seeds = {row["seed"] for row in rows if row["label"] != "full"}
+    rows = [row for row in rows if row["seed"] in seeds or not seeds]
     runs = {label: [row for row in rows if row["label"] == label] for label in ("full", *labels)}
     differences = {label: paired(runs[label], runs["full"], METRIC) for label in labels}
     return runs, {label: found for label, found in differences.items() if found}
+
+
+def learned(rows):
+    """Mean k-NN accuracy of runs less that of random weights; 0 for no run."""
+    return sum(row["knn"] - row["knn_init"] for row in rows) / max(len(rows), 1)
 
 
 def paired(rows, others, name):
