@@ -125,7 +125,8 @@ def make_cells():
                 settings = removals(MECHANISMS, settings["full"], options)
             for label, setting in settings.items():
                 cell = {"script": script, "label": label, "seed": seed, "setting": setting, "budget": pflop}
-                decides = json.dumps([cell, dataset, preset], sort_keys=True)
+                images = [dataset, data_dir] if dataset == "folder" else [dataset]
+                decides = json.dumps([cell, *images, preset], sort_keys=True)
                 cells.append({**cell, "id": hashlib.sha256(decides.encode()).hexdigest()[:8]})
     return cells
 

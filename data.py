@@ -50,8 +50,10 @@ def training_split(data, knn_bank, knn_queries, batch_size):
 
 
 def fingerprint(data):
-    """A hash of a Split's size, labels and a pixel of every image: a resumed run notices other data."""
-    content = [str(tuple(data.images.shape)).encode(), data.images[:, 0, 0, 0].numpy().tobytes()]
+    """A hash of a Split's size, labels and half a row of every image: a resumed run notices other data."""
+    side = data.images.shape[-1]
+    middle = data.images[:, 0, side // 2, side // 4 : side - side // 4]
+    content = [str(tuple(data.images.shape)).encode(), middle.numpy().tobytes()]
     content += [] if data.labels is None else [data.labels.numpy().tobytes()]
     return hashlib.sha256(b"".join(content)).hexdigest()
 

@@ -77,9 +77,15 @@ def test_a_failing_job_costs_itself_alone(tmp_path):
     wait = "import time; time.sleep(0.3)"
     finished = []
     jobs = [job("good", tmp_path, wait, "print('done')"), job("bad", tmp_path, "exit(3)")]
-    jobs.append(job("last", tmp_path, wait))
-    failures, stopped = run_jobs(jobs, 2, lambda name, result: finished.append((name, result)))
-    assert failures == {"bad": "bad has failed"} and not stopped
+    jobs += [job("unsaved", tmp_path, wait), job("last", tmp_path, wait)]
+
+    def finish(name, result):
+        if name == "unsaved":
+            raise KeyError("row")
+        finished.append((name, result))
+
+    failures, stopped = run_jobs(jobs, 2, finish)
+    assert failures == {"bad": "bad has failed", "unsaved": "KeyError: 'row'"} and not stopped
     assert sorted(finished) == [("good", "good"), ("last", "last")]
     assert (tmp_path / "good.txt").read_text() == "done\n"
 
@@ -101,13 +107,13 @@ def test_a_signal_lets_the_jobs_save(tmp_path, numbers):
     assert (tmp_path / "saved").exists() and not (tmp_path / "b.txt").exists()
 
 
-@pytest.mark.parametrize("line", ['{"script": "dino", "la', "[]", '{"script": "dino"}'])
+@pytest.mark.parametrize("line", ['{"script": "dino", "la', "[]", '{"script": "dino"}', "\udcff"])
 def test_a_broken_row_is_one_sentence(tmp_path, line):
     write_rows(tmp_path, [row("dino", "full", 0, 0.3)])
     file = tmp_path / "rows.jsonl"
     file.write_text("\n" + file.read_text())
     assert len(read_rows(tmp_path)) == 1
-    file.write_text(file.read_text() + line)
+    file.write_text(file.read_text() + line, errors="surrogateescape")
     with pytest.raises(UserError, match=r"line 3 of .*rows.jsonl is broken: fix or remove it"):
         read_rows(tmp_path)
 
@@ -219,6 +225,16 @@ def test_rows_of_other_options_are_refused(tmp_path):
     assert unfinished(cells, tmp_path, ablate.name_of) == cells[1:]
     with pytest.raises(UserError, match="dino-full-1 with other options"):
         unfinished([{**cells[0], "id": "1"}], tmp_path, ablate.name_of)
+
+
+def test_rows_of_other_images_are_of_other_options(monkeypatch):
+    ids = set()
+    monkeypatch.setattr(ablate, "study", "models")
+    monkeypatch.setattr(ablate, "dataset", "folder")
+    for data_dir in ("one", "two"):
+        monkeypatch.setattr(ablate, "data_dir", data_dir)
+        ids.update(cell["id"] for cell in ablate.make_cells())
+    assert len(ids) == 2 * 4 * ablate.seeds
 
 
 def test_a_killed_study_continues_and_a_failing_run_costs_itself_alone(tmp_path, monkeypatch):

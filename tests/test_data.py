@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from conftest import ROOT
-from data import Batches, batch_indices, load
+from data import Batches, batch_indices, fingerprint, load
 from twins import decoding
+from twins.datasets import Split
 from twins.errors import UserError
 from twins.folders import decode
 
@@ -94,7 +95,7 @@ BAD = {  # what is made in a folder, what is loaded, what is said
         {},
         r"b/2.jpg cannot be read .*truncated",
     ),
-    "link to nowhere": (unreadable, {}, r"a/0.jpg cannot be read \(No such file"),
+    "link to nowhere": (unreadable, {}, r"a/0.jpg cannot be read as an image \(it is not a file"),
     "image beside class folders": (lambda r: broken(photographs(r) / "train/9.jpg"), {}, FLAT),
     "test class never trained": (
         lambda r: photographs(photographs(r), classes=("c",), part="test"),
@@ -414,3 +415,10 @@ def test_larger_images_train_with_views_between_96_and_224(train, tmp_path):
     keys = dict(image_size=224, local_size=96, patch_size=16, batch_size=4, max_steps=1, blur=True)
     g = train("dino.py", dataset="folder", data_dir=root, **keys)
     assert [v.shape[-1] for v in g["views"]] == [224, 224, 96]
+
+
+def test_other_images_of_equal_borders_have_another_fingerprint():
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    others = images.clone()
+    others[2, :, 8:24, 8:24] = 200
+    assert fingerprint(Split(images, None, [])) != fingerprint(Split(others, None, []))

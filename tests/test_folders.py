@@ -92,6 +92,17 @@ BAD_SPLITS = {  # files, split, what is said
         "holds Train/ and train/, which are the same split",
     ),
     "val and valid": (["train/a/0.png", "val/a/0.png", "valid/a/0.png"], "test", "holds val/ and valid/"),
+    "Kaggle's names": (
+        ["training_set/a/0.png", "test_set/a/0.png"],
+        "train",
+        "holds test_set/ and training_set/: if they are splits, rename them to test/ and train/",
+    ),
+    "COCO's names": (["train2017/a/0.png", "val2017/a/0.png"], "test", "holds train2017/ and val2017/"),
+    "splits in each class": (
+        ["cat/train/0.png", "cat/test/0.png", "dog/train/0.png", "dog/test/0.png"],
+        "train",
+        "cat holds test, train: move them to train/<class>/",
+    ),
     "a class train": (
         ["train/0.png", "bus/0.png"],
         "train",
@@ -117,6 +128,11 @@ def test_a_folder_around_the_splits_is_no_class(inner, tmp_path):
     tree(tmp_path, *(f"{inner}/{name}" for name in LABELLED))
     with pytest.raises(UserError, match=r"give --data_dir=.*photos$|name of a split, not of a class"):
         load(tmp_path)
+
+
+def test_a_class_may_have_a_splits_word_in_its_name(tmp_path):
+    names = ["bullet_train/a/0.png", "freight_train/0.png", "bus/0.png"]
+    assert load(tree(tmp_path, *names)).classes == ["bullet_train", "bus", "freight_train"]
 
 
 def test_one_class_of_nested_folders_is_one_class(tmp_path):
@@ -172,6 +188,26 @@ def test_names_that_are_not_utf_8(tmp_path, capsys):
     (tmp_path / "train/a" / name).write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be read as an image"):
         load(tmp_path)
+
+
+def test_a_file_that_was_mended_is_read_again(tmp_path):
+    """As after a chmod, which changes neither size nor date."""
+    file = tree(tmp_path, *(f"{name}/{i}.png" for name in "ab" for i in range(60))) / "a" / "0.png"
+    whole, date = file.read_bytes(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    file.write_bytes(bytes(len(whole)))
+    os.utime(file, ns=date)
+    assert len(datasets.load("folder", tmp_path, 8, "train", True).labels) == 119
+    file.write_bytes(whole)
+    os.utime(file, ns=date)
+    assert len(load(tmp_path).labels) == 120
+
+
+def test_a_broken_link_is_left_out_like_any_broken_file(tmp_path):
+    tree(tmp_path, *(f"{name}/{i}.png" for name in "ab" for i in range(60)))
+    (tmp_path / "a" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match=r"gone.png cannot be read .*--skip_bad_images=True"):
+        load(tmp_path)
+    assert len(datasets.load("folder", tmp_path, 8, "train", True).labels) == 120
 
 
 def test_links_to_a_parent_end_and_count_once(tmp_path, capsys):
@@ -443,6 +479,12 @@ def test_a_label_of_100_million_is_a_sentence(tmp_path):
     np.savez(tmp_path / "train_data_batch_1.npz", data=np.zeros((1, 3072), np.uint8), labels=[10**8])
     with pytest.raises(UserError, match="a label 100000000: ImageNet has 1000 classes"):
         datasets.load("imagenet32", tmp_path, 32)
+
+
+def test_an_empty_batch_is_a_sentence(tmp_path):
+    np.savez(tmp_path / "val_data.npz", data=np.zeros((0, 3072), np.uint8), labels=[])
+    with pytest.raises(UserError, match="holds no image"):
+        datasets.load("imagenet32", tmp_path, 32, "test")
 
 
 def test_an_npz_bomb_is_a_sentence(tmp_path, monkeypatch):

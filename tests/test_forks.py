@@ -5,6 +5,7 @@ scripts.
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, copy_of_the_code, launch, tiny
-from twins import pictures
+from twins import pictures, weights
+from twins.errors import UserError
 from twins.files import read_checkpoint
+from vit import ViT
 
 
 @pytest.fixture
@@ -128,8 +131,6 @@ def test_a_vit_with_registers_needs_no_other_edit(checkout):
     theirs = timm.models.vision_transformer.VisionTransformer(**about["model_args"]).eval()
     theirs.load_state_dict(load_file(out / "export" / "model.safetensors"))
     saved = read_checkpoint(out / "ckpt.pt")
-    from vit import ViT
-
     ours = ViT(**saved["backbone"]["args"]).eval()
     ours.load_state_dict(
         {k.removeprefix("backbone."): v for k, v in saved["network"].items() if k.startswith("backbone.")}
@@ -149,6 +150,31 @@ def test_a_vit_in_the_script_itself(checkout):
     checkout.run("mine.py", **options_of(checkout, "barlow.py"), out_dir=out)
     assert read_checkpoint(out / "ckpt.pt")["backbone"]["class"] == "Wider"
     checkout.run("attn_viz.py", ckpt=out, device="cpu", rows=2)
+
+
+def test_a_vit_of_another_file_is_never_taken_for_ours(train, tmp_path, monkeypatch):
+    saved = read_checkpoint(Path(train("barlow.py", max_steps=1)["config"]["out_dir"]) / "ckpt.pt")
+    saved["backbone"].update(module="mylib.vit2", **{"class": "Other"})
+    monkeypatch.setattr(weights, "ROOT", tmp_path)
+    with pytest.raises(UserError, match=r"needs the class Other of .*mylib/vit2.py, which is not there"):
+        weights.backbone_of(saved, "ckpt.pt", "", ViT)
+    (tmp_path / "mylib").mkdir()
+    (tmp_path / "mylib" / "vit2.py").write_text("from vit import ViT\n\n\nclass Other(ViT):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert weights.backbone_of(saved, "ckpt.pt", "", ViT)[1].__name__ == "Other"
+    saved["backbone"]["args"].pop("image_size")
+    with pytest.raises(UserError, match="give it `args` with image_size"):
+        weights.backbone_of(saved, "ckpt.pt", "", ViT)
+
+
+@pytest.mark.parametrize(
+    "state, words",
+    [({"step": 1}, "has that name for itself"), ({"ema_loss": 0.5}, "is a float, not a tensor")],
+)
+def test_a_state_that_could_not_be_restored_is_refused(start_run, state, words):
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match=words):
+        start_run({"student": layer, **state}, layer)
 
 
 def test_importing_a_script_has_no_side_effects(tmp_path):

@@ -8,6 +8,7 @@ import faulthandler
 import functools
 import io
 import json
+import linecache
 import math
 import os
 import re
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -24,10 +26,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from conftest import ROOT, tiny
-from twins import keys, monitor, output, pictures, processes
+from twins import errors, keys, monitor, output, pictures, processes
 from twins import run as run_module
 from twins.errors import UserError
 from twins.files import read_log
+from twins.loggers import start_logger
 
 ENVIRONMENT = {  # a notebook's server, an ascii terminal, a cluster's job
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -374,6 +377,8 @@ def test_numbers_beyond_the_limits_are_refused(configure, word):
         (0.5, "as in the paper [1]", -math.inf, math.inf, ()),  # a citation
         (0.5, "rate [0..0.99]", 0, 0.99, ()),
         (1, "steps [1..]", 1, math.inf, ()),
+        (1, "steps [1..1e6]", 1, 1e6, ()),
+        (1, "steps [..e]", -math.inf, math.inf, ()),
         ("a", "head [a|b]", -math.inf, math.inf, ("a", "a", "b")),
         ("a", "a text [b d]", -math.inf, math.inf, ()),
     ],
@@ -382,6 +387,46 @@ def test_brackets_that_are_no_limits_are_text(default, comment, low, high, choic
     option = keys.read_comment(default, comment)
     assert (option.low, option.high, option.choices) == (low, high, choices)
     assert (option.meaning == comment) == (low == -math.inf and not choices)
+
+
+@pytest.mark.parametrize(
+    "default, given, expected",
+    [
+        ((0.485, 0.456, 0.406), "0.1,0.3,0.2", (0.1, 0.3, 0.2)),  # no range, so in any order
+        ((16, 32), "8,64", (8, 64)),
+        (("a", "b"), "c, d", ("c", "d")),
+        (5 * 10**9, "7", 7),
+    ],
+)
+def test_a_forks_own_constants_are_options(default, given, expected):
+    option = keys.Option(default, "")
+    for value in (default, given, list(expected) if isinstance(expected, tuple) else expected):
+        converted = keys.convert("mine", option, value)
+        assert converted == (default if value is default else expected)
+        assert [*map(type, converted)] == [*map(type, default)] if isinstance(default, tuple) else True
+    if isinstance(default, tuple):
+        with pytest.raises(UserError, match="values"):
+            keys.convert("mine", option, "1")
+
+
+def test_a_bug_of_a_fork_is_a_traceback(tmp_path, monkeypatch):
+    def sentence(line):
+        file = tmp_path / "mine.py"
+        file.write_text(line)
+        linecache.checkcache(str(file))
+        try:
+            exec(compile(line, str(file), "exec"), {})
+        except ValueError as error:
+            return errors.is_sentence(error, error.__traceback__)
+
+    monkeypatch.setattr(errors, "ROOT", tmp_path)
+    assert sentence("raise ValueError('dim=3 cannot be split')") and not sentence("a, b, c = 1, 2")
+
+
+def test_a_loggers_failure_does_not_end_a_run(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=lambda **_: 1 / 0))
+    start_logger({"logger": "trackio", "out_dir": "out"})({"step": 0})
+    assert "--logger=trackio fails, training goes on without it (division by zero)" in capsys.readouterr().out
 
 
 def test_a_million_blocks_are_refused_at_once(train):

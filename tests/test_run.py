@@ -319,6 +319,19 @@ def test_a_run_is_never_overwritten(command, train, tmp_path):
     assert {p: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
 
 
+def test_a_folder_that_another_run_or_program_filled_meanwhile_is_refused(start_run, tmp_path):
+    layer, out = torch.nn.Linear(2, 2), tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text('{"architectures": ["ViTModel"]}')  # of Hugging Face
+    with pytest.raises(UserError, match=r"config.json is not a run's, and would be overwritten"):
+        start_run({"student": layer}, layer, out_dir=str(out))
+    (out / "config.json").write_text('{"script": "dino"}')  # of a run that failed at its start
+    start_run({"student": layer}, layer, out_dir=str(out))
+    (out / "ckpt.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="already holds a run"):
+        start_run({"student": layer}, layer, out_dir=str(out))
+
+
 def test_two_runs_do_not_share_a_folder(command, tmp_path):
     from twins.decoding import locked
 

@@ -5,6 +5,7 @@ fine-tuning.
 import argparse
 import json
 import math
+import os
 import pathlib
 import sys
 import types
@@ -216,12 +217,23 @@ def test_keys_in_the_way_are_named(model, tmp_path):
     for value, kind in odd:
         refused({**state, name: value}, f"{name} is {kind}, not plain numbers")
     refused({**state, name: state[name] * math.nan}, f"{name} holds NaN or inf")
+    refused({**state, name: (state[name] * math.nan).to(torch.float8_e5m2)}, f"{name} holds NaN or inf")
+    endless = {"cls_token": state["cls_token"]}
+    endless["itself"] = endless
+    refused(endless, "holds a dict that holds itself")
     refused({**state, "cls_token": torch.tensor(1.0)}, "key names: cls_token is []")
     refused({name: x for name, x in state.items() if name != "pos_embed"}, "pos_embed is missing")
     for gamma in (torch.ones(64), torch.tensor(1.0)):
         refused({**state, "blocks.0.ls1.gamma": gamma}, "blocks.0.ls1.gamma is unknown")
     with pytest.raises(UserError, match=r"no config.json\): give one of its files"):
         loaded(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "ckpt.pt"])
+def test_a_fifo_of_weights_is_a_sentence_and_no_hang(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="is not a file"):
+        loaded(tmp_path / name)
 
 
 def local_pathlib(monkeypatch):

@@ -4,7 +4,6 @@ Letters in shapes:  n images  s image side
 """
 
 import functools
-import http.client
 import os
 import socket
 import zipfile
@@ -18,7 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
+from twins.decoding import locked
 from twins.errors import UserError
+from twins.files import make_folder
 from twins.folders import folder
 
 DATASETS = ("shapes", "cifar10", "cifar100", "imagenet32", "stl10", "folder")
@@ -168,8 +169,9 @@ def fetch(kind, data_dir, **which):
     except RuntimeError:  # absent, or a checksum differs
         socket.setdefaulttimeout(20)
         try:
-            return kind(data_dir, **which, download=True)
-        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+            with locked(make_folder(data_dir)):  # the processes of torchrun download it once
+                return kind(data_dir, **which, download=True)
+        except Exception as error:  # of network and archive there are many kinds
             where = getattr(kind, "base_folder", "")
             url = getattr(kind, "url", "the address in torchvision's documentation")
             raise UserError(
@@ -202,6 +204,8 @@ def imagenet32(root, split):
                 pixels, classes = content["data"], np.asarray(content["labels"])
         except Exception as error:  # numpy and zipfile raise many kinds for broken files
             raise UserError(f"{file} is not a complete batch ({error}): download it again") from None
+        if not (pixels.size and classes.size):
+            raise UserError(f"{file} holds no image: download it again")
         if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
             found = f"{pixels.dtype} {list(pixels.shape)}"
             raise UserError(f"{file} holds data {found}, not uint8 [n 3072]: 32 x 32 images are needed")

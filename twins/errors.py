@@ -1,5 +1,6 @@
 """User mistakes, reported in one sentence, and bugs, reported by a traceback."""
 
+import linecache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,13 +24,13 @@ def close_bars():
 
 
 def is_sentence(error, trace):
-    """True for a UserError, and for a ValueError raised in a file beside the scripts, such as vit.py."""
+    """True for a UserError, and for a ValueError that a file beside the scripts raises, such as vit.py."""
     if isinstance(error, UserError):
         return True
     while trace and trace.tb_next:
         trace = trace.tb_next
-    return (
-        type(error) is ValueError
-        and trace
-        and Path(trace.tb_frame.f_code.co_filename).resolve().parent == ROOT
-    )
+    if type(error) is not ValueError or not trace:
+        return False
+    file = trace.tb_frame.f_code.co_filename
+    raised = linecache.getline(file, trace.tb_lineno).strip().startswith("raise ")  # else a fork's bug
+    return raised and Path(file).resolve().parent == ROOT

@@ -15,6 +15,8 @@ import torch
 
 from twins.errors import ROOT, UserError, first_line
 
+CHECKPOINT = {"script": str, "step": int, "seconds": float, "config": dict, "backbone": dict}
+BACKBONE = ("name", "module", "class")
 PATHS = [(PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]  # Python 3.13
 
 
@@ -148,10 +150,22 @@ def load_checkpoint(folder, device="cpu"):
 
 def read_checkpoint(path, device="cpu"):
     """A training script's checkpoint as a dict. Raises UserError for anything else."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
+    if not path.is_file():
+        raise UserError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     saved = load_pickle(path, device)
-    kinds = {"script": str, "step": int, "seconds": float, "config": dict, "backbone": dict}
-    if any(type(saved.get(name)) is not kind for name, kind in kinds.items()) or saved["step"] < 0:
+    first = saved.get("first_row", [])
+    sound = isinstance(first, list) and all(isinstance(row, dict) and "step" in row for row in first)
+    sound = sound and all(type(saved.get(name)) is kind for name, kind in CHECKPOINT.items())
+    if not sound or saved["step"] < 0 or not all(type(saved["backbone"].get(n)) is str for n in BACKBONE):
         raise UserError(f"{path} is not a checkpoint of a training script")
     return saved
+
+
+def check_state(state):
+    """Raises UserError for what a script's checkpoint could not hold, or not restore."""
+    for name, value in state.items():
+        if name in CHECKPOINT or name == "first_row":
+            raise UserError(f"state['{name}']: a checkpoint has that name for itself, choose another one")
+        if not isinstance(value, torch.Tensor | str) and not hasattr(value, "load_state_dict"):
+            kind = type(value).__name__
+            raise UserError(f"state['{name}'] is a {kind}, not a tensor, a string or what has a state_dict")

@@ -47,7 +47,7 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
         trained = without_masks(found["train"])
         known = [below(trained, path).split(os.sep) for path in walk(trained)[0]]
     classes = [] if flat else sorted({parts[0] for parts in known if len(parts) > 1})
-    refuse_wrapping(top, root, classes)
+    refuse_wrapping(root, classes, known)
     stray = [path for path, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes]
     if stray:
         if not classes:
@@ -93,14 +93,20 @@ def split_folder(top, found, split):
     return roots[0] if roots else top
 
 
-def refuse_wrapping(top, root, classes):
-    """Raises UserError if the only class folder is no class but holds the splits, or is one: train/train/."""
-    if len(classes) == 1:
-        inner = root / classes[0]
-        if inner.is_dir() and splits(inner):
-            raise UserError(f"{inner} holds {', '.join(splits(inner))}: give --data_dir={inner}")
-        if classes[0].lower() in SPLITS:
-            raise UserError(f"{inner} is the name of a split, not of a class: move what it holds to {root}")
+def refuse_wrapping(root, classes, known):
+    """Raises UserError if a class folder holds splits, photos/train/ or cat/test/, or is one: train/train/.
+
+    known: the parts of the paths of all images.
+    """
+    inner = sorted({parts[0] for parts in known if len(parts) > 2 and parts[1].lower() in SPLITS})
+    if inner:
+        hint = (
+            f"give --data_dir={root / inner[0]}" if len(classes) == 1 else "move them to train/<class>/ ..."
+        )
+        raise UserError(f"{root / inner[0]} holds {', '.join(splits(root / inner[0]))}: {hint}")
+    if len(classes) == 1 and classes[0].lower() in SPLITS:
+        where = root / classes[0]
+        raise UserError(f"{where} is the name of a split, not of a class: move what it holds to {root}")
 
 
 def refuse_others(top, root, found):
@@ -139,15 +145,24 @@ def subfolders(root):
 
 
 def splits(root):
-    """{train, test, val: its folder in `root`}, those that are there. Raises UserError if there are two."""
-    found = {}
+    """{train, test, val: its folder in `root`}, those that are there. Raises UserError if there are two.
+
+    Also for two of other names that hold the word, such as training_set/ and test_set/.
+    """
+    found, alike = {}, {}
     for name in subfolders(root):
         kind = SPLITS.get(name.lower())
+        for word in re.split("[^a-z]+", name.lower()):
+            alike.setdefault(SPLITS.get(word), name)
         if kind in found:
             both = f"{found[kind].name}/ and {name}/"
             raise UserError(f"{root} holds {both}, which are the same split: rename or move one")
         if kind:
             found[kind] = root / name
+    alike.pop(None, "")
+    if not found and len(alike) > 1:
+        names = " and ".join(f"{name}/" for name in alike.values())
+        raise UserError(f"{root} holds {names}: if they are splits, rename them to {'/ and '.join(alike)}/")
     return found
 
 
@@ -207,11 +222,7 @@ def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BIC
     of all files' names, sizes and dates. Raises UserError for images that cannot be read, or leaves them out,
     up to 1 %.
     """
-    try:
-        stats = [(below(root, path), os.stat(path)) for path in paths]
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}): fix or remove it") from None
-    lines = [decoding.VERSION, *(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)]
+    lines = [decoding.VERSION, *(f"{below(root, path)} {state_of(path)}" for path in paths)]
     folder = root.parent / ".cache"
     if not os.access(root.parent, os.W_OK):
         folder = Path.home() / ".cache" / "dino-twins" / hashed(str(root.absolute()))
@@ -228,7 +239,8 @@ def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BIC
     if broken:
         try:
             decode(broken[0], size)
-            sentence = f"{broken[0]} could not be read when {file} was made"
+            file.unlink()  # it can be read by now
+            return cached(root, paths, size, name, skip_bad_images, resample)
         except UserError as error:
             sentence = str(error)
         sentence += f", nor can {len(broken) - 1} more, e.g. {', '.join(broken[1:4])}" if broken[1:] else ""
@@ -239,6 +251,15 @@ def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BIC
             raise UserError(f"{sentence}: fix or remove it, or leave it out with --skip_bad_images=True")
         print(f"left out {count}: {sentence}", flush=True)
     return images, [paths[i] for i in decoding.rows_of(flags)]
+
+
+def state_of(path):
+    """A file's size and date, by which a change is noticed; a broken link has neither."""
+    try:
+        stat = os.stat(path)
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+    except OSError as error:
+        return error.strerror
 
 
 def hashed(text):

@@ -10,6 +10,7 @@ import time
 import torch
 
 from twins.errors import UserError
+from twins.files import make_folder
 
 
 def default_slots():
@@ -21,8 +22,8 @@ def run_jobs(jobs, slots, finish):
     """Runs (name, log, commands) jobs, `slots` at once; returns ({name: why it failed}, was it stopped).
 
     commands: a generator that yields Python's arguments, is sent each exit code, and returns a result for
-    finish(name, result). A UserError in it is that job's failure. Output of the commands is appended to the
-    file `log`. After Ctrl-C or SIGTERM all processes get SIGTERM and are waited for.
+    finish(name, result). An exception in one of the two is that job's failure. Output of the commands is
+    appended to the file `log`. After Ctrl-C or SIGTERM all processes get SIGTERM and are waited for.
     """
     stopped, failures, running = [], {}, {}
     waiting, free = list(jobs), list(range(slots))
@@ -35,17 +36,16 @@ def run_jobs(jobs, slots, finish):
     def advance(slot, job, code=None):
         name, log, commands = job
         try:
-            running[start(commands.send(code), log, slot, slots)] = slot, job
-            return
-        except StopIteration as end:
-            result = end.value
-        except UserError as error:
-            failures[name] = str(error)
-            print(f"{name} failed: {error}", flush=True)
-            result = None
+            try:
+                running[start(commands.send(code), log, slot, slots)] = slot, job
+                return
+            except StopIteration as end:
+                finish(name, end.value)
+        except Exception as error:
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            failures[name] = f"{kind}{error}"
+            print(f"{name} failed: {failures[name]}", flush=True)
         free.append(slot)
-        if result is not None:
-            finish(name, result)
 
     while running or (waiting and not stopped):
         while waiting and free and not stopped:
@@ -73,7 +73,7 @@ def start(command, log, slot, slots):
     if count > 1:
         devices = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = devices[slot % count]
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(log.parent)
     with open(log, "a") as file:
         return subprocess.Popen(
             [sys.executable, *map(str, command)],

@@ -47,7 +47,7 @@ def read_options(path):
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
             else ""
         )
-        if name[:1] == "_" or not name.islower():
+        if name[:1] == "_" or not name.islower() or name == "help":
             continue
         try:
             default = ast.literal_eval(node.value)
@@ -61,35 +61,46 @@ def read_options(path):
 
 def read_comment(default, comment):
     """An Option from its default and the comment behind it, which may end with [low..high] or [this|that]."""
-    pattern = r"[^\[\]]*\|[^\[\]]*" if isinstance(default, str) else r"[\d.e+-]*\.\.[\d.e+-]*"
+    number = r"(?:-?\d*\.?\d+(?:e[+-]?\d+)?)?"
+    pattern = r"[^\[\]]*\|[^\[\]]*" if isinstance(default, str) else rf"{number}\.\.{number}"
     limits = re.search(rf"\s*\[({pattern})\]$", comment)
     if not limits:
         return Option(default, comment)
     meaning = comment[: limits.start()]
     if isinstance(default, str):
         return Option(default, meaning, choices=(default, *limits[1].split("|")))
-    low, _, high = limits[1].partition("..")
-    number = int if isinstance(default, int) else float  # 2**64 - 1 is no float
-    return Option(default, meaning, number(low) if low else -math.inf, number(high) if high else math.inf)
+    low, high = limits[1].split("..")
+    return Option(default, meaning, limit(low or "-inf"), limit(high or "inf"))
+
+
+def limit(text):
+    return int(text) if text.isdigit() else float(text)  # 2**64 - 1 is no float
 
 
 def convert(name, option, value):
     """A value from the command line or a file in its option's type. Raises UserError if it does not fit."""
     kind, said = type(option.default), f"--{name}={str(value)[:80]}"
+    if type(value) is kind and value == option.default:
+        return value
     try:
-        converted = from_text(value, kind) if isinstance(value, str) else from_json(value, kind)
+        converted = (
+            from_text(value, option.default) if isinstance(value, str) else from_json(value, option.default)
+        )
     except (ValueError, OverflowError):
         raise UserError(f"{said}: it must be {KINDS[kind]}") from None
     if option.choices and converted not in option.choices:
         choices = dict.fromkeys(choice for choice in option.choices if choice)
         raise UserError(f"{said} is unknown: choose {' or '.join(choices)}")
-    if kind in (int, float, tuple):
-        numbers = converted if kind is tuple else (converted,)
-        high = LARGEST if kind is int and option.high == math.inf else option.high
-        if not all(option.low <= number <= high and abs(number) < math.inf for number in numbers):
-            raise UserError(f"{said}: it must be from {plain(option.low)} to {plain(high)}")
-        if len(numbers) != (len(option.default) if kind is tuple else 1) or list(numbers) != sorted(numbers):
-            raise UserError(f"{said}: it must be {len(option.default)} numbers in ascending order")
+    values = converted if kind is tuple else (converted,)
+    numbers = kind is not bool and not any(isinstance(value, str) for value in values)
+    high = LARGEST if kind is int and option.high == math.inf else option.high
+    if numbers and not all(option.low <= value <= high and abs(value) < math.inf for value in values):
+        raise UserError(f"{said}: it must be from {plain(option.low)} to {plain(high)}")
+    if kind is tuple:
+        ordered = numbers and list(option.default) == sorted(option.default)
+        if len(values) != len(option.default) or (ordered and list(values) != sorted(values)):
+            what = "numbers in ascending order" if ordered else "values"
+            raise UserError(f"{said}: it must be {len(option.default)} {what}")
     return converted
 
 
@@ -97,7 +108,8 @@ def plain(limit):
     return limit if isinstance(limit, int) else f"{limit:g}"
 
 
-def from_text(text, kind):
+def from_text(text, default):
+    kind = type(default)
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError
@@ -105,18 +117,24 @@ def from_text(text, kind):
     if kind is str:  # ~ is the home folder at the start of a path, and of each in lists like --ckpt=a=A:B,C
         return re.sub(r"(?<![^,:=])~[^/,:]*", lambda home: os.path.expanduser(home[0]), text)
     if kind is tuple:
-        return tuple(float(part) for part in text.strip("()[] ").split(","))
+        return tuple(from_text(part.strip(), element(default)) for part in text.strip("()[] ").split(","))
     return kind(text)
 
 
-def from_json(value, kind):
+def from_json(value, default):
+    kind = type(default)
     if kind is tuple and isinstance(value, list | tuple):
-        return tuple(from_json(part, float) for part in value)
+        return tuple(from_json(part, element(default)) for part in value)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
         raise ValueError
     return value
+
+
+def element(default):
+    """An element of a tuple that stands for the type of all of them: a float if there is one."""
+    return next((value for value in default if isinstance(value, float)), *default[:1])
 
 
 class Parser(argparse.ArgumentParser):
@@ -191,11 +209,9 @@ def configure(script, argv=None):
     if given.get("resume"):
         config.update(saved_options(out_dir, name, options))
         tell_changes(out_dir, config, given)
-    elif holds_run(out_dir):
-        raise UserError(
-            f"{out_dir} already holds a run: continue it with --resume=True, or give another --out_dir"
-        )
-    elif preset:
+    else:
+        refuse_run(out_dir)
+    if preset and not given.get("resume"):
         changed = " ".join(f"--{key}={value}" for key, value in preset.items() if key not in given)
         print(f"defaults for this preset: {changed}", flush=True)
     config.update(given)
@@ -213,6 +229,16 @@ def configure(script, argv=None):
 
 def holds_run(out_dir):
     return any(os.path.exists(out_dir / name) for name in ("ckpt.pt", "ckpt-previous.pt", "export"))
+
+
+def refuse_run(out_dir):
+    """Raises UserError for a folder with a run, or with another program's config.json."""
+    if holds_run(out_dir):
+        hint = "continue it with --resume=True, or give another --out_dir"
+        raise UserError(f"{out_dir} already holds a run: {hint}")
+    file = out_dir / "config.json"
+    if file.exists() and "script" not in read_json(file):
+        raise UserError(f"{file} is not a run's, and would be overwritten: give another --out_dir")
 
 
 def saved_options(out_dir, script_name, options):

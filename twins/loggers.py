@@ -4,11 +4,14 @@ import importlib
 import os
 from pathlib import Path
 
-from twins.errors import UserError
+from twins.errors import UserError, first_line
 
 
 def start_logger(config):
-    """A function that sends a row of log.jsonl to --logger. Raises UserError if that is not installed."""
+    """A function that sends a row of log.jsonl to --logger. Raises UserError if that is not installed.
+
+    Without its server, say, the run goes on without it.
+    """
     name, out_dir = config["logger"], config["out_dir"]
     try:
         if name == "tensorboard":
@@ -25,4 +28,8 @@ def start_logger(config):
         raise UserError(
             f"--logger={name} needs a package that is not installed: pip install {name}"
         ) from None
+    except Exception as error:
+        print(
+            f"warning: --logger={name} fails, training goes on without it ({first_line(error)})", flush=True
+        )
     return lambda row: None

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from twins.backbones import name_in
 from twins.decoding import locked
 from twins.errors import UserError, first_line
-from twins.files import git_state, load_checkpoint, make_folder, read_log, write_file
+from twins.files import check_state, git_state, load_checkpoint, make_folder, read_log, write_file
+from twins.keys import refuse_run
 from twins.loggers import start_logger
 from twins.monitor import collapse, not_finite
 from twins.pictures import crops_picture, curves_picture
@@ -42,6 +43,7 @@ class Run:
     held = contextlib.ExitStack()  # of the process's last run: bar, handlers of signals, lock
 
     def __init__(self, script, config, steps, state, backbone, device):
+        check_state(state)
         self.script, self.config, self.steps, self.state = Path(script), config, steps, state
         self.source = self.script.read_text(encoding="utf-8-sig")  # it may be edited while it runs
         self.backbone, self.device, self.dir = backbone, device, Path(config["out_dir"])
@@ -64,15 +66,13 @@ class Run:
         if self.config["resume"]:
             self.restore()
         self.logger = start_logger(self.config) if rank() == 0 else None
-        about = {"script": self.script.stem, "backbone": self.backbone_name, **git_state()}
-        about["device_name"] = self.device_name
-        about["versions"] = {module.__name__: module.__version__ for module in (torch, np, einops)}
-        about["versions"]["python"] = sys.version.split()[0]
+        about = {"script": self.script.stem, "backbone": self.backbone_name, "device_name": self.device_name}
+        versions = {module.__name__: module.__version__ for module in (torch, np, einops)}
+        about.update(versions={**versions, "python": sys.version.split()[0]}, **git_state())
         self.about = json.dumps({**self.config, **about}, indent=1)
         if not self.config["resume"]:
             self.describe()
-        interval = 0.5 if sys.stderr.isatty() else 15
-        self.bar = tqdm(total=self.steps, initial=self.start, unit="step", mininterval=interval)
+        self.bar = tqdm(total=self.steps, initial=self.start, unit="step")
         held.callback(self.bar.close)
         self.shown, self.clock, self.clock_step, self.done = {}, time.monotonic(), self.start, self.start
         self.signals = dist.new_group(backend="gloo") if world() > 1 else None  # no step waits for it
@@ -87,8 +87,10 @@ class Run:
         try:
             held.enter_context(locked(make_folder(self.dir), wait=False))
         except BlockingIOError:
-            problem = f"another process is writing into {self.dir}: give another --out_dir"
-            raise UserError(f"{problem}; to share a run, start its processes with torchrun") from None
+            hint = "give another --out_dir; to share a run, start its processes with torchrun"
+            raise UserError(f"another process is writing into {self.dir}: {hint}") from None
+        if not self.config["resume"]:
+            refuse_run(self.dir)  # again: another run may have ended there meanwhile
 
     def describe(self):
         self.write("config.json", self.about)
@@ -100,8 +102,7 @@ class Run:
             signal.raise_signal(number)  # the second one ends the process at once
         elif not self.received:
             self.received, self.received_at = number, time.monotonic()
-            if world() == 1:
-                self.stop = number
+            self.stop = number if world() == 1 else 0  # several stop together, see update()
 
     def loop(self):
         """Yields the steps to do, each with its own random numbers; saves; a signal ends it after a step."""
@@ -198,8 +199,7 @@ class Run:
         with self.attempt("the logger"):
             self.logger(row)
         with self.attempt("the warning of a collapse"):  # rows of a resumed run may be anything
-            said = "collapse" in self.said
-            if not said and (warning := collapse(self.rows, self.steps, self.config)):
+            if "collapse" not in self.said and (warning := collapse(self.rows, self.steps, self.config)):
                 self.said.add("collapse")
                 self.bar.write(f"warning at step {step}: {warning}")
         self.shown.update({n: f"{row[n]:.3g}" for n in ("loss", "images_per_s", "knn") if n in row})

@@ -6,18 +6,20 @@ from pathlib import Path
 
 from twins.decoding import locked
 from twins.errors import UserError
-from twins.files import read_json, read_log, read_row, write_file
+from twins.files import make_folder, read_json, read_log, read_row, write_file
 from twins.monitor import COLLAPSED_RANK
 from twins.settings import MECHANISMS
 from twins.study_pictures import METRIC
 
-KINDS = {"script": str, "label": str, "seed": int, "id": str}  # what every row has
+KINDS = {"script": str, "label": str, "seed": int, "id": str, "setting": dict, "budget": float}  # of each row
+KINDS.update(git_commit=str, git_edited=bool, device=str, steps=int, seconds=float, curve=list)
+KINDS.update(knn=float, knn_init=float, rank=float, rank_init=float, collapsed=bool)
 
 
 def read_rows(folder):
     """The rows of a study's finished runs, a list of dicts; [] if there are none yet. Raises UserError."""
     file, rows = Path(folder) / "rows.jsonl", []
-    for i, line in enumerate(file.read_text().splitlines() if file.exists() else []):
+    for i, line in enumerate(file.read_text(errors="replace").splitlines() if file.exists() else []):
         if line.strip():
             rows.append(read_row(line, KINDS, f"line {i + 1} of {file}"))
     return rows
@@ -31,9 +33,8 @@ def write_rows(folder, rows):
 @contextlib.contextmanager
 def only_writer(folder):
     """Keeps other studies out of a results folder, which it makes."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(folder, wait=False):
+        with locked(make_folder(folder), wait=False):
             yield
     except BlockingIOError:
         raise UserError(f"another study is writing into {folder}: give another --out_dir") from None

@@ -62,16 +62,21 @@ def backbone_of(saved, path, network, vit):
     networks = [name for name, value in saved.items() if isinstance(value, dict) and cls_token in value]
     if network not in networks:
         raise UserError(f"--weights={network}: {path} holds {' and '.join(networks)}")
-    if backbone["args"] is None:
-        raise UserError(f"{path} does not say how to build its backbone: give it `args`, as vit.ViT has")
+    args = backbone.get("args")
+    if not isinstance(args, dict) or type(args.get("image_size")) is not int:
+        problem = "does not say how to build its backbone"
+        raise UserError(f"{path} {problem}: give it `args` with image_size and the rest, as vit.ViT has")
     prefix = f"{inner}." if inner else ""
     state = {name.removeprefix(prefix): x for name, x in saved[network].items() if name.startswith(prefix)}
     known = {"script": saved["script"], "step": saved["step"], "network": network}
     known.update({name: saved["config"].get(name, "") for name in ("dataset", "data_dir", "seed")})
     module = saved["script"] if backbone["module"] == "__main__" else backbone["module"]
-    if (ROOT / f"{module}.py").exists():
-        vit = getattr(importlib.import_module(module), backbone["class"])
-    return state, vit, backbone["args"], known
+    if (module, backbone["class"]) != ("vit", "ViT"):  # a fork's, which may compute something else
+        file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        vit = getattr(importlib.import_module(module), backbone["class"], None) if file.is_file() else None
+        if vit is None:
+            raise UserError(f"{path} needs the class {backbone['class']} of {file}, which is not there")
+    return state, vit, args, known
 
 
 def read_weights(path, network="", heads=0):
@@ -106,7 +111,7 @@ def check_tensors(state, path):
         kind = value.dtype if value.layout == torch.strided else value.layout
         if value.is_meta or not value.is_floating_point() or value.layout != torch.strided:
             raise UserError(f"{path}: {name} is {'meta' if value.is_meta else kind}, not plain numbers")
-        if not value.isfinite().all():
+        if not value.float().isfinite().all():  # float8 has no isfinite()
             raise UserError(f"{path}: {name} holds NaN or inf")
     for name, ndim in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4)):
         if name not in state or state[name].ndim != ndim:
@@ -134,9 +139,9 @@ def read_tensors(path):
         for name in ("script", "step", "dataset", "data_dir", "seed"):
             if name in about:
                 known[name] = about[name]
-        if not file.exists():
-            raise UserError(f"{file} does not exist")
         known["sha256"] = about.get("sha256")
+    if not file.is_file():  # a FIFO would block
+        raise UserError(f"{file} is not a file")
     if file.suffix == ".safetensors":
         try:
             content, expected = file.read_bytes(), known.pop("sha256", None)
@@ -148,7 +153,10 @@ def read_tensors(path):
             return from_safetensors(content), known
         except Exception as error:  # safetensors raises its own kind
             raise UserError(f"{file} is damaged ({first_line(error)})") from None
-    return flatten(load_pickle(file), file), known
+    try:
+        return flatten(load_pickle(file), file), known
+    except RecursionError:
+        raise UserError(f"{file} holds a dict that holds itself") from None
 
 
 def write_export(folder, backbone, about):
