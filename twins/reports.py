@@ -22,8 +22,9 @@ PROTOCOL = {
     "seeds. Differences are paired by seed.",
     "removal": "One mechanism changed at a time, paired with the full run of its seed. The verdict, stated "
     "before the runs: *can go* if the interval of the difference lies above -2 points, *cannot go* if it "
-    "lies below, else *unclear*. Added later: *too little learned* if the full runs are less than 4 points "
-    "above random weights, where losing all that was learned could pass for *can go*.",
+    "lies below, else *unclear*; a mechanism switched on has none. Added later: *too little learned* if the "
+    "full runs are less than 4 points above random weights, where losing all that was learned could pass for "
+    "*can go*.",
 }
 
 
@@ -213,7 +214,8 @@ def differences_table(name, panel, runs=None):
     for (label, found), p, corrected in zip(panel.items(), ps, holm(ps), strict=True):
         line = [label, len(found), *points(found), f"{p:.3f}", f"{corrected:.3f}"]
         if runs:
-            line += [collapsed_share(runs[label]), verdict(t_interval(found), learned(runs["full"]))]
+            can_it_go = verdict(t_interval(found), learned(runs["full"])) if label.endswith("off") else "-"
+            line += [collapsed_share(runs[label]), can_it_go]
         lines.append(line)
     columns = [name, "pairs", "points", "95 % interval", "p", "p (Holm)"]
     return table(columns + (["collapsed (95 %)", "verdict"] if runs else []), lines)
