@@ -316,6 +316,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
         for seed, value in enumerate(values):
             accuracy = 0.4 + value + ahead * script.startswith("hybrid")
             rows.append(row(script, "full", seed, 0.3, test={"test knn": accuracy, "test linear": 0.5}))
+            rows[-1]["setting"] = {"cc_local": script == "hybrid_b"}
     for label, knn in (("full", 0.3), ("EMA off", 0.2), ("centering off", 0.31), ("multi-crop on", 0.1)):
         removed += [row("hybrid_a", label, seed, knn) for seed in range(seeds)]
     write_rows(tmp_path / "models-cifar10", rows)
@@ -340,7 +341,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     assert f"better features?** {said} - **Which" in text
     feature_answer = said
     said = f"CIFAR-10, {seeds} fresh seeds of each method's best setting, 0.1 PFLOP (1 to 1 minutes) a run: "
-    assert said + "mean" in text
+    assert said + "mean" in text and "CC has local views in Hybrid B (`--cc_local=True`). Studies:" in text
     assert (f"impossible with {seeds} seeds" in text) == (seeds == 3) and "old" not in text
     p = 2 / 2 ** (seeds - 1)  # all pairs but one differ, in one direction
     stable = "Fewer settings fail" if p < 0.05 else "Not shown"

@@ -94,19 +94,24 @@ def protocol(models, dataset):
     n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
     minutes = [row["seconds"] / 60 for rows in models.values() for row in rows]
     hybrids, singles = split_titles(models)
-    own = [title for title in hybrids if models[title][0]["setting"].get("head") == "two"]
-    own = f"CC has a projector of its own in {' and '.join(own)} (`--head=two`)" if own else ""
-    local = [title for title in hybrids if models[title][0]["setting"].get("cc_local")]
-    local = f"joins local views in {' and '.join(local)} (`--cc_local=True`)" if local else ""
-    cc = f"{', and '.join(filter(None, (own, local)))}. " if own or local else ""
     too_few = len(hybrids) * len(singles) * 2 / 2**n > SIGNIFICANT
     return (
         f"{printed(dataset)}, {n} fresh seed{'s' * (n > 1)} of each method's best setting, {budget:g} PFLOP "
         f"({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard deviation in %; "
         "differences in points, paired by seed, with Student's 95 % interval. The figure shows k-NN on "
         f"held-out training images. A yes or no needs p < {SIGNIFICANT} (paired sign-flip test, Holm)"
-        f"{f', impossible with {n} seeds' * too_few}. {cc}"
+        f"{f', impossible with {n} seeds' * too_few}. {describe_cc(models)}"
     )
+
+
+def describe_cc(models):
+    """How the hybrids' settings differ from what README draws."""
+    sentences = ""
+    for option, value, text in (("head", "two", "a projector of its own"), ("cc_local", True, "local views")):
+        titles = [title for title, rows in models.items() if rows[0]["setting"].get(option) == value]
+        if titles:
+            sentences += f"CC has {text} in {' and '.join(titles)} (`--{option}={value}`). "
+    return sentences
 
 
 def main_measure(models):
