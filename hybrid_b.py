@@ -88,7 +88,7 @@ ema = 0.996  # momentum of the teacher at the start; 0: the teacher is the curre
 ema_end = 1.0  # momentum of the teacher at the end of its cosine schedule [0..1]
 alpha = 20.0  # weight of CC beside CE; 0: CE alone [0..]
 lambd = 0.005  # weight of C's off-diagonal [0..]
-cc_local = False  # CC of X1 with the local views as well
+cc_local = False  # CC of the local views as well
 head = "shared"  # one Z for both losses, or a Barlow projector of its own for CC [shared|two]
 proj_dim = 512  # width of that projector, D [1..]
 # --- end method

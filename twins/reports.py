@@ -74,7 +74,7 @@ def provenance(rows):
     """The sentences on commits, devices, cost, and the rule of collapse."""
     commits = {row["git_commit"][:8] + " with edits" * row["git_edited"] for row in rows}
     several = f"rows of {len(commits)} commits, whose code may differ: " if len(commits) > 1 else "commit "
-    devices = ", ".join(sorted({row["device"] for row in rows}))
+    devices = "; ".join(sorted({row["device"] for row in rows}))
     budget, hours = rows[0]["budget"], sum(row["seconds"] for row in rows) / 3600
     cost = f"{budget:g} PFLOP a run, {hours:.2g} hours of training in all, on {devices}"
     rule = (
