@@ -34,15 +34,7 @@ from twins.jobs import default_slots, last_line, run_jobs, start
 from twins.keys import holds_run, parse
 from twins.reports import write_report
 from twins.settings import MECHANISMS, draw_setting, read_script, removals
-from twins.studies import (
-    best_setting,
-    finalists,
-    only_writer,
-    read_rows,
-    run_results,
-    unfinished,
-    write_rows,
-)
+from twins.studies import best_setting, finalists, only_writer, read_rows, run_results, unfinished, write_rows
 
 study = "search"  # which question [search|models|removal]
 scripts = "dino,barlow,hybrid_a,hybrid_b"  # which training scripts
@@ -50,8 +42,8 @@ dataset = "shapes"  # any data set of the training scripts, with labels
 data_dir = "data"  # where its files are
 masks_dir = ""  # for models: a folder of images and masks for seg_transfer.py; empty: on shapes only
 preset = "small"  # of the scripts; on shapes their shapes preset
-trials = 16  # settings of a search: random ones, or the best of --search_dir [1..]
-seeds = 8  # seeds per setting in models and removal; fewer cannot give p < 0.05 after Holm [1..]
+trials = 16  # settings of a search: random ones, or the best of --search_dir [1..1000]
+seeds = 8  # seeds per setting in models and removal; fewer cannot give p < 0.05 after Holm [1..1000]
 pflop = 0.0  # floating-point operations per run, in 1e15; 0: the default in PFLOP [0..]
 search_dir = ""  # the search whose best settings are used; empty, in models and removal: results/search-...
 out_dir = ""  # rows, tables and figures; empty: results/<study>-<dataset>
@@ -110,10 +102,12 @@ def make_cells():
     if study != "search":
         folder, numbers = search_dir or f"results/search-{dataset}", range(FRESH, FRESH + seeds)
     searched = read_rows(folder) if folder else []
+    if search_dir and not searched:
+        raise UserError(f"--search_dir={search_dir} holds no rows of a search")
     if folder and not searched:
         print(f"no search in {folder}: the settings are those of the presets")
     for seed in numbers:
-        for script in scripts.split(","):
+        for script in dict.fromkeys(scripts.split(",")):
             options = script_of(script)[1]
             if study == "search" and folder:
                 settings = {**finalists(searched, script, trials), "by hand": BY_HAND.get(script, {})}

@@ -28,7 +28,7 @@ import torch
 from data import Crop, load, multi_crop
 from twins.datasets import MEAN, STD
 from twins.errors import ROOT, UserError
-from twins.files import git_state, read_json, write_file
+from twins.files import git_state, make_folder, read_json, write_file
 from twins.keys import parse
 from twins.processes import setup
 
@@ -121,6 +121,8 @@ def time_scripts(report, device, kind):
     for row in rows if trace else []:
         costly = [f"{name} {100 * share:.1f} %" for name, share in list(row["operations"].items())[:8]]
         print(f"\n{row['script']}{' compiled' * row['compiled']}: {', '.join(costly)}")
+    if rows:
+        print(f"\nwrote {out_dir}/bench.json")
     return failed
 
 
@@ -195,12 +197,11 @@ if __name__ == "__main__":
     name = torch.cuda.get_device_name(device) if is_gpu else f"cpu, {torch.get_num_threads()} threads"
     report = {"device": name, "dtype": str(kind).removeprefix("torch."), "batch_size": batch_size}
     report.update(torch=torch.__version__, **git_state())
-    write_file(Path(out_dir) / "bench.json", json.dumps(report))
+    make_folder(out_dir)  # fails before anything is measured
     print(f"{name}, {report['dtype']}, batch {batch_size}, torch {torch.__version__}\n")
     if against:
         time_views(report, device)
         sys.exit()
     failed = time_scripts(report, device, kind)
-    print(f"\nwrote {out_dir}/bench.json")
     if failed:
         sys.exit(f"error: not measured: {', '.join(failed)}")

@@ -52,7 +52,7 @@ dim = 192  # width, for --ckpt=random [1..]
 depth = 12  # blocks, for --ckpt=random [1..]
 heads = 0  # attention heads, for --ckpt=random (0: 3) and for weights that do not say (0: guessed) [0..]
 max_steps = 300  # optimizer steps of each head [1..]
-batch_size = 32  # images per step [1..]
+batch_size = 32  # images per step [2..]
 seed = 0  # for the held-out images, the heads and the order [0..]
 device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "auto"  # of the backbone; auto: bfloat16 where it is faster [float32|bfloat16|float64]

@@ -1,6 +1,7 @@
 """ablate.py and its parts: settings, jobs, rows, tables, and a study that is killed and resumed."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -116,6 +117,22 @@ def test_a_broken_row_is_one_sentence(tmp_path, line):
     file.write_text(file.read_text() + line, errors="surrogateescape")
     with pytest.raises(UserError, match=r"line 3 of .*rows.jsonl is broken: fix or remove it"):
         read_rows(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"knn": math.nan}, {"curve": []}, {"curve": [[1]]}, {"test": 1}, {}])
+def test_odd_and_repeated_rows_are_one_sentence(tmp_path, change):
+    rows = [row("dino", "full", 0, 0.3)]
+    write_rows(tmp_path, [*rows, {**rows[0], **change}])
+    with pytest.raises(
+        UserError, match="line 2 of .* is broken" if change else "repeats the run dino full 0"
+    ):
+        read_rows(tmp_path)
+
+
+def test_a_misspelt_search_is_refused(monkeypatch):
+    monkeypatch.setattr(ablate, "search_dir", "/nonexistent")
+    with pytest.raises(UserError, match="--search_dir=/nonexistent holds no rows of a search"):
+        ablate.make_cells()
 
 
 def test_rows_of_another_study_are_one_sentence(tmp_path):

@@ -417,6 +417,13 @@ def test_larger_images_train_with_views_between_96_and_224(train, tmp_path):
     assert [v.shape[-1] for v in g["views"]] == [224, 224, 96]
 
 
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(tmp_path):
+    photographs(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be made or read: it takes .* GiB, the disk has"):
+        load("folder", tmp_path, 10**6, "train")
+    assert not list(tmp_path.glob(".cache/*.part"))
+
+
 def test_other_images_of_equal_borders_have_another_fingerprint():
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     others = images.clone()

@@ -4,6 +4,7 @@ of the keyboard.
 
 import concurrent.futures
 import contextlib
+import errno
 import faulthandler
 import functools
 import io
@@ -409,6 +410,13 @@ def test_a_forks_own_constants_are_options(default, given, expected):
             keys.convert("mine", option, "1")
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG])
+def test_a_path_that_cannot_be_used_is_a_sentence(capsys, number):
+    error = OSError(number, os.strerror(number), "/secret/x")
+    output.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == f"error: /secret/x cannot be used ({os.strerror(number)})\n"
+
+
 def test_a_bug_of_a_fork_is_a_traceback(tmp_path, monkeypatch):
     def sentence(line):
         file = tmp_path / "mine.py"
@@ -465,7 +473,7 @@ def test_help_states_limits_once_and_whole(configure, capsys):
         configure("--help")
     said = capsys.readouterr().out
     assert end.value.code == 0 and "from 0 from 0" not in said and "e+" not in said
-    assert "of learning-rate warm-up from 0 (from 0)\n" in said and f"views (from 0 to {2**64 - 1})\n" in said
+    assert "of learning-rate warm-up from 0 (from 0 to 1000000)\n" in said and f"views (from 0 to {2**64 - 1})\n" in said
     assert "momentum of that running mean" in said or "of that running mean (from 0 to 1)\n" in said
 
 

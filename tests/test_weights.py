@@ -21,7 +21,7 @@ from test_eval_linear import photographs
 from twins.backbones import load_backbone
 from twins.errors import UserError
 from twins.probes import fit, predict, whitening
-from twins.weights import guess_heads
+from twins.weights import build, guess_heads
 from vit import ViT
 
 timm = pytest.importorskip("timm", reason="timm is not installed (.ci/run installs it)")
@@ -221,6 +221,8 @@ def test_keys_in_the_way_are_named(model, tmp_path):
     endless = {"cls_token": state["cls_token"]}
     endless["itself"] = endless
     refused(endless, "holds a dict that holds itself")
+    with pytest.raises(UserError, match=r"weights.pth: .*(division|modulo)"):
+        build(ViT, state, {"image_size": 32, "patch_size": 0, "dim": 128, "heads": 2}, file)
     refused({**state, "cls_token": torch.tensor(1.0)}, "key names: cls_token is []")
     refused({name: x for name, x in state.items() if name != "pos_embed"}, "pos_embed is missing")
     for gamma in (torch.ones(64), torch.tensor(1.0)):

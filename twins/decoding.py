@@ -10,6 +10,7 @@ that wants the images:
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,10 @@ def decode_all(paths, size, file, progress, resample=BICUBIC):
         if file.exists():
             print(f"warning: {file} is damaged: decoding again", flush=True)
         if not (part.exists() and flags.exists() and flags.stat().st_size == len(paths)):
+            part.unlink(missing_ok=True)
+            gib, free = len(paths) * 3 * size**2 / 2**30, shutil.disk_usage(file.parent).free / 2**30
+            if gib > free:
+                raise OSError(f"it takes {gib:.3g} GiB, the disk has {free:.3g}")
             np.lib.format.open_memmap(part, "w+", np.uint8, (len(paths), 3, size, size))
             flags.write_bytes(bytes(len(paths)))
         names = file.with_suffix(".paths")

@@ -86,7 +86,7 @@ def read_log(path):
 def read_row(line, kinds, where):
     """A line of JSON as a dict whose values have these {name: type}. Raises UserError for anything else."""
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=int)  # NaN is no number of ours: ValueError
         if all(type(row[name]) is kind for name, kind in kinds.items()):
             return row
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -154,7 +154,9 @@ def read_checkpoint(path, device="cpu"):
         raise UserError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     saved = load_pickle(path, device)
     first = saved.get("first_row", [])
-    sound = isinstance(first, list) and all(isinstance(row, dict) and "step" in row for row in first)
+    sound = isinstance(first, list) and all(
+        isinstance(row, dict) and type(row.get("step")) is int for row in first
+    )
     sound = sound and all(type(saved.get(name)) is kind for name, kind in CHECKPOINT.items())
     if not sound or saved["step"] < 0 or not all(type(saved["backbone"].get(n)) is str for n in BACKBONE):
         raise UserError(f"{path} is not a checkpoint of a training script")

@@ -223,22 +223,28 @@ def configure(script, argv=None):
         raise UserError(
             f"--batch_size={config['batch_size']} is over all processes: give a multiple of {processes}"
         )
-    script.update(config)
+    script.update(config, __given__=given)
     return config
 
 
 def holds_run(out_dir):
-    return any(os.path.exists(out_dir / name) for name in ("ckpt.pt", "ckpt-previous.pt", "export"))
+    return any(
+        os.path.exists(out_dir / name) for name in ("ckpt.pt", "ckpt-previous.pt", "export", "curves.png")
+    )
 
 
 def refuse_run(out_dir):
-    """Raises UserError for a folder with a run, or with another program's config.json."""
+    """Raises UserError for a folder with a run, or with files of its names that are not a run's."""
     if holds_run(out_dir):
         hint = "continue it with --resume=True, or give another --out_dir"
         raise UserError(f"{out_dir} already holds a run: {hint}")
     file = out_dir / "config.json"
-    if file.exists() and "script" not in read_json(file):
-        raise UserError(f"{file} is not a run's, and would be overwritten: give another --out_dir")
+    ours = file.exists() and "script" in read_json(file)  # of a run that failed before it saved
+    for name in ("config.json", "script.py", "log.jsonl", "crops.png"):
+        if not ours and os.path.exists(out_dir / name):
+            raise UserError(
+                f"{out_dir / name} is not a run's, and would be overwritten: give another --out_dir"
+            )
 
 
 def saved_options(out_dir, script_name, options):

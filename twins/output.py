@@ -1,6 +1,7 @@
 """Printing that never ends a run, and failures reported in one sentence."""
 
 import contextlib
+import errno
 import faulthandler
 import functools
 import os
@@ -72,6 +73,8 @@ def excepthook(kind, error, trace):
         )
     elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
         print(f"error: torch.compile fails here ({first_line(error)}): use --compile=False", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+        print(f"error: {error.filename} cannot be used ({error.strerror})", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped; what was saved before is unchanged", file=sys.stderr)
     else:

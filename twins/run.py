@@ -260,7 +260,7 @@ class Run:
         try:
             for name, value in self.state.items():
                 if isinstance(value, torch.Tensor):
-                    value.copy_(saved[name])
+                    value.copy_(saved[name].view_as(value))
                 elif not isinstance(value, str):
                     value.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

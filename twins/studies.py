@@ -12,16 +12,27 @@ from twins.settings import MECHANISMS
 from twins.study_pictures import METRIC
 
 KINDS = {"script": str, "label": str, "seed": int, "id": str, "setting": dict, "budget": float}  # of each row
-KINDS.update(git_commit=str, git_edited=bool, device=str, steps=int, seconds=float, curve=list)
+KINDS.update(git_commit=str, git_edited=bool, device=str, steps=int, views=int, seconds=float, curve=list)
 KINDS.update(knn=float, knn_init=float, rank=float, rank_init=float, collapsed=bool)
 
 
 def read_rows(folder):
     """The rows of a study's finished runs, a list of dicts; [] if there are none yet. Raises UserError."""
     file, rows = Path(folder) / "rows.jsonl", []
+    seen = set()
     for i, line in enumerate(file.read_text(errors="replace").splitlines() if file.exists() else []):
         if line.strip():
-            rows.append(read_row(line, KINDS, f"line {i + 1} of {file}"))
+            where = f"line {i + 1} of {file}"
+            row = read_row(line, KINDS, where)
+            sound = row["curve"] and all(
+                isinstance(point, list) and len(point) == 2 for point in row["curve"]
+            )
+            if not sound or not isinstance(row.get("test", {}), dict):
+                raise UserError(f"{where} is broken: fix or remove it")
+            if (cell := (row["script"], row["label"], row["seed"])) in seen:
+                raise UserError(f"{where} repeats the run {' '.join(map(str, cell))}: remove one")
+            rows.append(row)
+            seen.add(cell)
     return rows
 
 

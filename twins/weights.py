@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +12,6 @@ from safetensors.torch import save as to_safetensors
 
 from twins.errors import ROOT, UserError, first_line
 from twins.files import load_checkpoint, load_pickle, read_checkpoint, read_json, sha256, write_file
-from twins.keys import parse
 
 CHECKPOINTS = ("ckpt.pt", "ckpt-previous.pt")  # of a training script
 AVERAGED = re.compile(r"(^|[._])(teacher|ema|momentum)([._]|$)")  # a network that averages another's weights
@@ -106,13 +104,11 @@ def read_weights(path, network="", heads=0):
 
 
 def check_tensors(state, path):
-    """Raises UserError for tensors that are not plain finite numbers, and for a ViT of odd shapes."""
+    """Raises UserError for tensors that are not plain numbers, and for a ViT of odd shapes."""
     for name, value in state.items():
         kind = value.dtype if value.layout == torch.strided else value.layout
         if value.is_meta or not value.is_floating_point() or value.layout != torch.strided:
             raise UserError(f"{path}: {name} is {'meta' if value.is_meta else kind}, not plain numbers")
-        if not value.float().isfinite().all():  # float8 has no isfinite()
-            raise UserError(f"{path}: {name} holds NaN or inf")
     for name, ndim in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4)):
         if name not in state or state[name].ndim != ndim:
             found = f"is {list(state[name].shape)}" if name in state else "is missing"
@@ -243,11 +239,14 @@ def architecture(state, heads, path):
 
 
 def build(vit, state, args, path):
-    """vit(**args) with these weights. Raises UserError naming the tensors that do not fit."""
+    """vit(**args) with these weights. Raises UserError naming those that do not fit or are not finite."""
     try:
         backbone = vit(**args)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"{path}: {first_line(error)}") from None
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {name} holds NaN or inf")
     expected = backbone.state_dict()
     problems = [f"{name} is unknown" for name in state if name not in expected]
     problems += [f"{name} is missing" for name in expected if name not in state]
@@ -267,7 +266,7 @@ def start_from(script, vit):
     Positions are interpolated to image_size. Raises UserError for options that contradict the file, and for
     register tokens, which the scripts lack.
     """
-    path, given = Path(script["init"]), parse(script, sys.argv[1:])[2]
+    path, given = Path(script["init"]), script["__given__"]
     state, _, args, known = read_backbone(path, "", given.get("heads", 0), vit)
     if args.get("registers"):
         raise UserError(f"--init={path} has register tokens (reg_token): the training scripts have none")
