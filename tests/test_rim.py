@@ -473,7 +473,10 @@ def test_help_states_limits_once_and_whole(configure, capsys):
         configure("--help")
     said = capsys.readouterr().out
     assert end.value.code == 0 and "from 0 from 0" not in said and "e+" not in said
-    assert "of learning-rate warm-up from 0 (from 0 to 1000000)\n" in said and f"views (from 0 to {2**64 - 1})\n" in said
+    assert (
+        "of learning-rate warm-up from 0 (from 0 to 1000000)\n" in said
+        and f"views (from 0 to {2**64 - 1})\n" in said
+    )
     assert "momentum of that running mean" in said or "of that running mean (from 0 to 1)\n" in said
 
 

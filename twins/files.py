@@ -153,10 +153,8 @@ def read_checkpoint(path, device="cpu"):
     if not path.is_file():
         raise UserError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     saved = load_pickle(path, device)
-    first = saved.get("first_row", [])
-    sound = isinstance(first, list) and all(
-        isinstance(row, dict) and type(row.get("step")) is int for row in first
-    )
+    rows = saved.get("first_row", [])
+    sound = isinstance(rows, list) and all(isinstance(r, dict) and type(r.get("step")) is int for r in rows)
     sound = sound and all(type(saved.get(name)) is kind for name, kind in CHECKPOINT.items())
     if not sound or saved["step"] < 0 or not all(type(saved["backbone"].get(n)) is str for n in BACKBONE):
         raise UserError(f"{path} is not a checkpoint of a training script")

@@ -100,10 +100,9 @@ def refuse_wrapping(root, classes, known):
     """
     inner = sorted({parts[0] for parts in known if len(parts) > 2 and parts[1].lower() in SPLITS})
     if inner:
-        hint = (
-            f"give --data_dir={root / inner[0]}" if len(classes) == 1 else "move them to train/<class>/ ..."
-        )
-        raise UserError(f"{root / inner[0]} holds {', '.join(splits(root / inner[0]))}: {hint}")
+        where = root / inner[0]
+        hint = f"give --data_dir={where}" if len(classes) == 1 else "move them to train/<class>/ ..."
+        raise UserError(f"{where} holds {', '.join(splits(where))}: {hint}")
     if len(classes) == 1 and classes[0].lower() in SPLITS:
         where = root / classes[0]
         raise UserError(f"{where} is the name of a split, not of a class: move what it holds to {root}")
@@ -215,7 +214,7 @@ def image_files(root):
     return paths
 
 
-def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BICUBIC):
+def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BICUBIC, retry=True):
     """Images at `paths` as uint8 [n 3 size size], memory-mapped, decoded if not done yet, and their paths.
 
     The file is `name`-size-hash.npy beside `root`, in ~/.cache/dino-twins if that is read-only; the hash is
@@ -239,8 +238,10 @@ def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BIC
     if broken:
         try:
             decode(broken[0], size)
-            file.unlink()  # it can be read by now
-            return cached(root, paths, size, name, skip_bad_images, resample)
+            if retry:  # it can be read by now
+                file.unlink()
+                return cached(root, paths, size, name, skip_bad_images, resample, retry=False)
+            sentence = f"{broken[0]} could not be read when {file} was made"
         except UserError as error:
             sentence = str(error)
         sentence += f", nor can {len(broken) - 1} more, e.g. {', '.join(broken[1:4])}" if broken[1:] else ""

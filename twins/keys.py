@@ -134,7 +134,7 @@ def from_json(value, default):
 
 def element(default):
     """An element of a tuple that stands for the type of all of them: a float if there is one."""
-    return next((value for value in default if isinstance(value, float)), *default[:1])
+    return next((value for value in default if isinstance(value, float)), (*default, 0.0)[0])
 
 
 class Parser(argparse.ArgumentParser):
@@ -228,14 +228,12 @@ def configure(script, argv=None):
 
 
 def holds_run(out_dir):
-    return any(
-        os.path.exists(out_dir / name) for name in ("ckpt.pt", "ckpt-previous.pt", "export", "curves.png")
-    )
+    return any(os.path.exists(out_dir / name) for name in ("ckpt.pt", "ckpt-previous.pt", "export"))
 
 
 def refuse_run(out_dir):
     """Raises UserError for a folder with a run, or with files of its names that are not a run's."""
-    if holds_run(out_dir):
+    if holds_run(out_dir) or os.path.exists(out_dir / "curves.png"):  # or its log and pictures
         hint = "continue it with --resume=True, or give another --out_dir"
         raise UserError(f"{out_dir} already holds a run: {hint}")
     file = out_dir / "config.json"

@@ -24,10 +24,8 @@ def read_rows(folder):
         if line.strip():
             where = f"line {i + 1} of {file}"
             row = read_row(line, KINDS, where)
-            sound = row["curve"] and all(
-                isinstance(point, list) and len(point) == 2 for point in row["curve"]
-            )
-            if not sound or not isinstance(row.get("test", {}), dict):
+            pairs = all(isinstance(point, list) and len(point) == 2 for point in row["curve"])
+            if not (row["curve"] and pairs and isinstance(row.get("test", {}), dict)):
                 raise UserError(f"{where} is broken: fix or remove it")
             if (cell := (row["script"], row["label"], row["seed"])) in seen:
                 raise UserError(f"{where} repeats the run {' '.join(map(str, cell))}: remove one")

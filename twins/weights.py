@@ -72,7 +72,7 @@ def backbone_of(saved, path, network, vit):
     if (module, backbone["class"]) != ("vit", "ViT"):  # a fork's, which may compute something else
         file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
         vit = getattr(importlib.import_module(module), backbone["class"], None) if file.is_file() else None
-        if vit is None:
+        if not (isinstance(vit, type) and issubclass(vit, torch.nn.Module)):
             raise UserError(f"{path} needs the class {backbone['class']} of {file}, which is not there")
     return state, vit, args, known
 
