@@ -41,9 +41,10 @@ def answer(results, dataset, titles):
         picture, caption = f"models-{dataset}/cost.png", "k-NN against PFLOP"
     else:
         picture, caption = f"search-{dataset}/expected-best.png", "Expected best of n trials"
-    models, attention = studies["models"], read_attention(results / f"models-{dataset}")
-    questions = {"Does adding CC give better features?": compare_models(models, main_measure(models))}
-    for name, others in same_settings(results, dataset, models, titles).items():
+    models = studies["models"]
+    questions = {"Does CC give better features?": compare_models(models, main_measure(models))}
+    elsewhere = same_settings(results, dataset, models, titles)
+    for name, others in elsewhere.items():
         measure = main_measure(others)
         means = ", ".join(f"{title} {spreads(rows, [measure])[0]}" for title, rows in others.items())
         text = f"{compare_models(others, measure)} {measure[0].upper() + measure[1:]}: {means}."
@@ -52,8 +53,11 @@ def answer(results, dataset, titles):
     questions["Is training more stable?"] = compare_collapse(studies["search"])
     if any("mIoU" in measures(row) for rows in models.values() for row in rows):
         questions["Is segmentation better?"] = compare_models(models, "mIoU")
-    if models and attention:
-        questions["Do attention maps differ?"] = compare_attention(attention)
+    attention = {name: read_attention(results / f"models-{name}") for name in (dataset, *elsewhere)}
+    found = [f"{printed(name)}: {compare_attention(test)}" for name, test in attention.items() if test]
+    if models and found:
+        found.append("(Jensen-Shannon divergence, permutation tests over runs.)")
+        questions["Do attention maps differ?"] = " ".join(found)
     folders = [f"search-{dataset}", f"search-{dataset}-round2", f"models-{dataset}", f"removal-{dataset}"]
     links = [
         f"[{name.replace(f'-{dataset}', '')}](results/{name}/README.md)"
@@ -164,12 +168,12 @@ def compare_attention(attention):
     """attn_viz.py's test of all methods' maps, in one sentence."""
     test = attention["tests"][0]
     if "p" not in test:
-        return "Not answered yet: that needs two seeds of each method."
+        return "not answered yet, that needs two seeds of each method."
     n = sum(attention["names"][group] in test["groups"] for group in attention["group_of_run"])
-    word = "Yes, by more than seeds do" if test["p"] <= SIGNIFICANT else "Not shown"
+    word = "yes, more than seeds do" if test["p"] <= SIGNIFICANT else "not shown"
     return (
-        f"{word}: {test['between']:.2f} bits of Jensen-Shannon divergence between methods, "
-        f"{test['within']:.2f} between seeds of one method, p = {test['p']:.2g} (permutation test, {n} runs)."
+        f"{word}, {test['between']:.2f} bits between methods, {test['within']:.2f} between seeds of one "
+        f"method, p = {test['p']:.2g}, {n} runs."
     )
 
 
