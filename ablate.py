@@ -11,6 +11,7 @@ search's second round (successive halving) trains its best settings again, and o
 
     python ablate.py --study=search --search_dir=FIRST --trials=2 --pflop=0.04 --out_dir=SECOND
     python ablate.py --study=models --search_dir=SECOND
+
 Settings are chosen on held-out training images: the best is the one of highest k-NN accuracy among the trials
 that did not collapse. A run collapsed if its RankMe ends below a quarter of the untrained network's, its k-NN
 accuracy below the untrained network's, or its loss was not finite.
@@ -102,9 +103,9 @@ def make_cells():
     if study != "search":
         folder, numbers = search_dir or f"results/search-{dataset}", range(FRESH, FRESH + seeds)
     searched = read_rows(folder) if folder else []
-    if search_dir and not searched:
-        raise UserError(f"--search_dir={search_dir} holds no rows of a search")
     if folder and not searched:
+        if search_dir:
+            raise UserError(f"--search_dir={search_dir} holds no rows of a search")
         print(f"no search in {folder}: the settings are those of the presets")
     for seed in numbers:
         for script in dict.fromkeys(scripts.split(",")):

@@ -62,7 +62,7 @@ def answer(results, dataset, titles):
     links = [
         f"[{name.replace(f'-{dataset}', '')}](results/{name}/README.md)"
         for name in folders
-        if read_rows(results / name)
+        if (results / name / "rows.jsonl").exists()
     ]
     parts = [
         overview(studies),
@@ -80,9 +80,8 @@ def same_settings(results, dataset, models, titles):
         return {title: rows[0]["setting"] for title, rows in groups.items()}
 
     prefix = "models-"
-    names = sorted(folder.name.removeprefix(prefix) for folder in results.glob(f"{prefix}*"))
-    studies = {name: group_rows(read_rows(results / f"{prefix}{name}"), titles) for name in names}
-    studies.pop(dataset, None)
+    names = {folder.name.removeprefix(prefix) for folder in results.glob(f"{prefix}*")} - {dataset}
+    studies = {name: group_rows(read_rows(results / f"{prefix}{name}"), titles) for name in sorted(names)}
     return {name: rows for name, rows in studies.items() if rows and settings(rows) == settings(models)}
 
 

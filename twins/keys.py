@@ -211,9 +211,9 @@ def configure(script, argv=None):
         tell_changes(out_dir, config, given)
     else:
         refuse_run(out_dir)
-    if preset and not given.get("resume"):
-        changed = " ".join(f"--{key}={value}" for key, value in preset.items() if key not in given)
-        print(f"defaults for this preset: {changed}", flush=True)
+        if preset:
+            changed = " ".join(f"--{key}={value}" for key, value in preset.items() if key not in given)
+            print(f"defaults for this preset: {changed}", flush=True)
     config.update(given)
     config["out_dir"] = str(out_dir)
     config["data_dir"] = str(Path(config["data_dir"]).absolute())  # resuming works from any folder
