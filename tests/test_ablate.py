@@ -371,13 +371,21 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
         rf"Hybrid A \| \S+ ± \S+ \| {re.escape(gain)} \| .* \| 50.0 ± 0.0 \| 1 of {seeds + 1} ", text
     )
     verdicts = "can go: centering +1.0; cannot go: EMA -10.0."
-    assert f"Hybrid A ({seeds} seeds; 30.0 with nothing removed, 20.0 untrained): {verdicts}" in text
+    level = "30.0 with nothing removed, 20.0 untrained, 0.1 PFLOP"
+    assert f"Hybrid A ({seeds} seeds; {level}): {verdicts}" in text
     assert 'src="results/models-cifar10/cost.png" alt="k-NN against PFLOP, CIFAR-10"' in text
     assert "segmentation" not in text and "attention maps" not in text
 
     write_rows(tmp_path / "removal-cifar10", [r for r in removed if r["seed"] == 0])
     said = "one seed so far: centering +1.0, EMA -10.0. - **Is"
     assert said in " ".join(answer(tmp_path, "cifar10", TITLES).split())
+    longer = [{**r, "budget": 0.2, "knn": r["knn"] + 0.1} for r in removed]  # most seeds, then most PFLOP
+    write_rows(tmp_path / "removal-cifar10-long", [r for r in longer if r["seed"] < 2])
+    write_rows(tmp_path / "removal-cifar10-longer", longer[::seeds])
+    write_rows(tmp_path / "removal-cifar100", longer)  # another data set
+    text = " ".join(answer(tmp_path, "cifar10", TITLES).split())
+    assert "Hybrid A (2 seeds; 40.0 with nothing removed, 20.0 untrained, 0.2 PFLOP)" in text
+    assert "[removal-long](results/removal-cifar10-long/README.md)" in text
 
     write_rows(tmp_path / "models-cifar100", rows[:-seeds])  # without hybrid B
     assert "CIFAR-100" not in answer(tmp_path, "cifar10", TITLES)

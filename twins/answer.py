@@ -13,8 +13,8 @@ from twins.statistics import holm, sign_flip_p, t_interval, verdict
 from twins.studies import group_rows, learned, measures, pair_with_full, paired, rank_fell, read_rows
 from twins.study_pictures import METRIC
 
-BLOCK = re.compile(r"<!-- answer (\S+) -->\n(.*?)<!-- end answer -->", re.DOTALL)
 STUDIES = ("search", "models", "removal")
+BLOCK = re.compile(r"<!-- answer (\S+) -->\n(.*?)<!-- end answer -->", re.DOTALL)
 SIGNIFICANT = 0.05
 VERDICTS = ("one seed so far", "too little learned", "can go", "cannot go", "unclear")
 
@@ -34,7 +34,7 @@ def write_answer(readme, results, titles):
 
 def answer(results, dataset, titles):
     """The two questions, their answers, a table and a figure: Markdown."""
-    studies = {study: group_rows(read_rows(results / f"{study}-{dataset}"), titles) for study in STUDIES}
+    studies = {s: group_rows(read_rows(results / f"{s}-{dataset}"), titles) for s in ("search", "models")}
     if studies["search"].keys() - studies["models"].keys():
         studies["models"] = {}  # some methods alone are no comparison
     if studies["models"]:
@@ -49,7 +49,8 @@ def answer(results, dataset, titles):
         means = ", ".join(f"{title} {spreads(rows, [measure])[0]}" for title, rows in others.items())
         text = f"{compare_models(others, measure)} {measure[0].upper() + measure[1:]}: {means}."
         questions[f"And on {printed(name)}, with the same settings?"] = text
-    questions["Which of DINO's mechanisms become unnecessary?"] = list_removals(studies["removal"])
+    removals = best_removals(results, dataset, titles)
+    questions["Which of DINO's mechanisms become unnecessary?"] = list_removals(removals)
     questions["Is training more stable?"] = compare_collapse(studies["search"])
     if any("mIoU" in measures(row) for rows in models.values() for row in rows):
         questions["Is segmentation better?"] = compare_models(models, "mIoU")
@@ -58,12 +59,8 @@ def answer(results, dataset, titles):
     if models and found:
         found.append("(Jensen-Shannon divergence, permutation tests over runs.)")
         questions["Do attention maps differ?"] = " ".join(found)
-    folders = [f"search-{dataset}", f"search-{dataset}-round2", f"models-{dataset}", f"removal-{dataset}"]
-    links = [
-        f"[{name.replace(f'-{dataset}', '')}](results/{name}/README.md)"
-        for name in folders
-        if (results / name / "rows.jsonl").exists()
-    ]
+    folders = [folder for study in STUDIES for folder in folders_of(results, study, dataset)]
+    links = [f"[{f.name.replace(f'-{dataset}', '')}](results/{f.name}/README.md)" for f in folders]
     parts = [
         overview(studies),
         f'<img align="right" width="330" src="results/{picture}" alt="{caption}, {printed(dataset)}">',
@@ -71,6 +68,25 @@ def answer(results, dataset, titles):
         wrap(f"{protocol(models, dataset)}Studies: {', '.join(links)}; [other results](results/README.md)."),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def folders_of(results, study, dataset):
+    """The folders of a study on a data set that hold rows: STUDY-DATASET, then STUDY-DATASET-*."""
+    folders = [results / f"{study}-{dataset}", *sorted(results.glob(f"{study}-{dataset}-*"))]
+    return [folder for folder in folders if (folder / "rows.jsonl").exists()]
+
+
+def best_removals(results, dataset, titles):
+    """{method: its rows}, of each method the removal study with the most seeds, then the largest budget."""
+    found = {}
+    for folder in folders_of(results, "removal", dataset):
+        for title, rows in group_rows(read_rows(folder), titles).items():
+            found.setdefault(title, []).append(rows)
+
+    def size(rows):
+        return sum(row["label"] == "full" for row in rows), rows[0]["budget"]
+
+    return {title: max(found[title], key=size) for title in titles.values() if title in found}
 
 
 def same_settings(results, dataset, models, titles):
@@ -222,15 +238,14 @@ def list_removals(removals):
                 lists.setdefault(word, []).append(f"{name} {100 * np.mean(found):+.1f}")
         text = "; ".join(f"{word}: {', '.join(lists[word])}" for word in sorted(lists, key=VERDICTS.index))
         now, random = (100 * np.mean([row[name] for row in full]) for name in ("knn", "knn_init"))
-        level = f"{now:.1f} with nothing removed, {random:.1f} untrained"
+        level = f"{now:.1f} with nothing removed, {random:.1f} untrained, {full[0]['budget']:g} PFLOP"
         counts = sorted({len(found) for found in differences.values()})
         seeds = f"{' or '.join(map(str, counts))} seed{'s' * (counts[-1:] > [1])}"
         sentences += [f"{title} ({seeds}; {level}): {text}."] if differences else []
     if not sentences:
         return "Not answered yet: no removal has been run."
-    budget = next(iter(removals.values()))[0]["budget"]
     rule = "a mechanism can go if its 95 % interval lies above -2"
-    return f"Change in {METRIC} (points) when removed, at {budget:g} PFLOP; {rule}. {' '.join(sentences)}"
+    return f"Change in {METRIC} (points) when removed; {rule}. {' '.join(sentences)}"
 
 
 def overview(studies):
