@@ -306,8 +306,10 @@ TITLES = {"dino": "DINO", "barlow": "Barlow Twins", "hybrid_a": "Hybrid A", "hyb
 
 def test_the_readmes_figures_are_those_of_the_rows():
     """README.md and the pages of all studies are what --report=True makes of the rows in results/."""
-    name, block = BLOCK.search((ROOT / "README.md").read_text()).groups()
-    assert block == answer(ROOT / "results", name, TITLES)
+    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    assert [part for part, _, _ in blocks] == ["answer", "results"]
+    for part, name, text in blocks:
+        assert text == answer(ROOT / "results", name, TITLES)[part]
     studies = [path.parent for path in ROOT.glob("results/*/rows.jsonl") if "pilot" not in path.parent.name]
     assert studies
     for folder in studies:
@@ -315,6 +317,11 @@ def test_the_readmes_figures_are_those_of_the_rows():
         page = report_study(read_rows(folder), study, TITLES, attention)
         assert (folder / "README.md").read_text() == page["README.md"]
         assert all((folder / name).exists() for name in page)
+
+
+def answer_text(results):
+    """All that README says of the studies of cifar10, in one line."""
+    return " ".join(" ".join(answer(results, "cifar10", TITLES).values()).split())
 
 
 @pytest.mark.parametrize(
@@ -337,24 +344,28 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     for label, knn in (("full", 0.3), ("EMA off", 0.2), ("centering off", 0.31), ("multi-crop on", 0.1)):
         removed += [row("hybrid_a", label, seed, knn) for seed in range(seeds)]
     write_rows(tmp_path / "models-cifar10", rows)
-    before = answer(tmp_path, "cifar10", TITLES)
+    before = answer_text(tmp_path)
     assert "Not answered yet: no removal has been run" in before
     assert "more stable?** Not answered yet" in before
     trials = [row("dino", "trial", n, 0.3, collapsed=True) for n in range(seeds)]
     write_rows(tmp_path / "search-cifar10", trials)
-    assert "more stable?** Not answered yet" in answer(tmp_path, "cifar10", TITLES)  # no hybrid's
+    assert "more stable?** Not answered yet" in answer_text(tmp_path)  # no hybrid's
     trials += [row("hybrid_a", "trial", n, 0.3, collapsed=n == 0) for n in range(seeds + 1)]
     write_rows(tmp_path / "search-cifar10", trials)
     write_rows(tmp_path / "models-cifar10", [r for r in rows if r["script"] != "hybrid_a"])
-    assert "have not been trained on fresh seeds" in " ".join(answer(tmp_path, "cifar10", TITLES).split())
+    assert "have not been trained on fresh seeds" in answer_text(tmp_path)
     write_rows(tmp_path / "models-cifar10", rows)
     write_rows(tmp_path / "removal-cifar10", removed)
     readme = tmp_path / "README.md"
-    readme.write_text("above\n<!-- answer cifar10 -->\nold\n<!-- end answer -->\nbelow\n")
+    readme.write_text(
+        "above\n<!-- answer cifar10 -->\nold\n<!-- end answer -->\nbelow\n"
+        "<!-- results cifar10 -->\nold\n<!-- end results -->\n"
+    )
     for _ in range(2):
         write_answer(readme, tmp_path, TITLES)
     text = " ".join(readme.read_text().split())
-    assert text.startswith("above <!-- answer") and text.endswith("-- end answer --> below")
+    assert text.startswith("above <!-- answer") and text.endswith("-- end results -->")
+    assert "-- end answer --> below <!-- results cifar10 --> - **Is training" in text
     assert f"better features?** {said} - **Which" in text
     feature_answer = said
     said = f"CIFAR-10, {seeds} fresh seeds of each method's best setting, 0.1 PFLOP (1 to 1 minutes) a run: "
@@ -378,22 +389,22 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
 
     write_rows(tmp_path / "removal-cifar10", [r for r in removed if r["seed"] == 0])
     said = "one seed so far: centering +1.0, EMA -10.0. - **Is"
-    assert said in " ".join(answer(tmp_path, "cifar10", TITLES).split())
+    assert said in answer_text(tmp_path)
     longer = [{**r, "budget": 0.2, "knn": r["knn"] + 0.1} for r in removed]  # most seeds, then most PFLOP
     write_rows(tmp_path / "removal-cifar10-long", [r for r in longer if r["seed"] < 2])
     write_rows(tmp_path / "removal-cifar10-longer", longer[::seeds])
     write_rows(tmp_path / "removal-cifar100", longer)  # another data set
-    text = " ".join(answer(tmp_path, "cifar10", TITLES).split())
+    text = answer_text(tmp_path)
     assert "Hybrid A (2 seeds; 40.0 with nothing removed, 20.0 untrained, 0.2 PFLOP)" in text
     assert "[removal-long](results/removal-cifar10-long/README.md)" in text
 
     write_rows(tmp_path / "models-cifar100", rows[:-seeds])  # without hybrid B
-    assert "CIFAR-100" not in answer(tmp_path, "cifar10", TITLES)
+    assert "CIFAR-100" not in answer_text(tmp_path)
     write_rows(tmp_path / "models-cifar100", [{**r, "setting": {"wd": 1.0}} for r in rows])
-    assert "CIFAR-100" not in answer(tmp_path, "cifar10", TITLES)
+    assert "CIFAR-100" not in answer_text(tmp_path)
     write_rows(tmp_path / "models-cifar100", rows)
-    text = " ".join(answer(tmp_path, "cifar10", TITLES).split())
-    assert f"And on CIFAR-100, with the same settings?** {feature_answer} Test k-NN: DINO " in text
+    text = answer_text(tmp_path)
+    assert f"Are features better on CIFAR-100, with the same settings?** {feature_answer} Test k-NN: DINO " in text
 
     for made in rows:
         made["test"]["mIoU"] = 0.6 - 0.2 * made["script"].startswith("hybrid")
@@ -404,7 +415,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
         tmp_path / "models-cifar10/attention.json",
         json.dumps({"tests": [test], "names": [*TITLES, "random"], "group_of_run": [0, 0, 1, 4]}),
     )
-    text = " ".join(answer(tmp_path, "cifar10", TITLES).split())
+    text = answer_text(tmp_path)
     said = "No: worse than" if seeds == 8 else "Worse than"
     said += f" DINO, worse than Barlow Twins (both hybrids, all {seeds} seeds)."
     assert f"segmentation better?** {said} - **Do" in text

@@ -14,26 +14,31 @@ from twins.studies import group_rows, learned, measures, pair_with_full, paired,
 from twins.study_pictures import METRIC
 
 STUDIES = ("search", "models", "removal")
-BLOCK = re.compile(r"<!-- answer (\S+) -->\n(.*?)<!-- end answer -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (answer|results) (\S+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
+STUDIES = ("search", "models", "removal")
 SIGNIFICANT = 0.05
 VERDICTS = ("one seed so far", "too little learned", "can go", "cannot go", "unclear")
 
 
 def write_answer(readme, results, titles):
-    """Replaces what stands in README.md between <!-- answer DATASET --> and <!-- end answer -->.
+    """Replaces README.md's text between <!-- answer DATASET --> and <!-- end answer -->, and of "results".
 
     results: the folder of search-DATASET, models-DATASET, removal-DATASET; titles: {script: name in print}.
     """
     text = readme.read_text(encoding="utf-8")
-    block = BLOCK.search(text)
-    if not block:
+    if not BLOCK.search(text):
         raise UserError(f"{readme} has no lines <!-- answer DATASET --> and <!-- end answer -->")
-    write_file(readme, text[: block.start(2)] + answer(results, block[1], titles) + text[block.end(2) :])
+
+    def replace(block):
+        part, dataset, _ = block.groups()
+        return f"<!-- {part} {dataset} -->\n{answer(results, dataset, titles)[part]}<!-- end {part} -->"
+
+    write_file(readme, BLOCK.sub(replace, text))
     print(f"wrote {readme}")
 
 
 def answer(results, dataset, titles):
-    """The two questions, their answers, a table and a figure: Markdown."""
+    """Markdown: {"answer": table, figure, the two questions; "results": the other questions, the studies}."""
     studies = {s: group_rows(read_rows(results / f"{s}-{dataset}"), titles) for s in ("search", "models")}
     if studies["search"].keys() - studies["models"].keys():
         studies["models"] = {}  # some methods alone are no comparison
@@ -42,32 +47,38 @@ def answer(results, dataset, titles):
     else:
         picture, caption = f"search-{dataset}/expected-best.png", "Expected best of n trials"
     models = studies["models"]
-    questions = {"Does CC give better features?": compare_models(models, main_measure(models))}
-    elsewhere = same_settings(results, dataset, models, titles)
-    for name, others in elsewhere.items():
-        measure = main_measure(others)
-        means = ", ".join(f"{title} {spreads(rows, [measure])[0]}" for title, rows in others.items())
-        text = f"{compare_models(others, measure)} {measure[0].upper() + measure[1:]}: {means}."
-        questions[f"And on {printed(name)}, with the same settings?"] = text
-    removals = best_removals(results, dataset, titles)
-    questions["Which of DINO's mechanisms become unnecessary?"] = list_removals(removals)
-    questions["Is training more stable?"] = compare_collapse(studies["search"])
+    removals = list_removals(best_removals(results, dataset, titles))
+    first = {
+        "Does CC give better features?": compare_models(models, main_measure(models)),
+        "Which of DINO's mechanisms become unnecessary?": removals,
+    }
+    others, elsewhere = {}, same_settings(results, dataset, models, titles)
+    for name, groups in elsewhere.items():
+        measure = main_measure(groups)
+        means = ", ".join(f"{title} {spreads(rows, [measure])[0]}" for title, rows in groups.items())
+        text = f"{compare_models(groups, measure)} {measure[0].upper() + measure[1:]}: {means}."
+        others[f"Are features better on {printed(name)}, with the same settings?"] = text
+    others["Is training more stable?"] = compare_collapse(studies["search"])
     if any("mIoU" in measures(row) for rows in models.values() for row in rows):
-        questions["Is segmentation better?"] = compare_models(models, "mIoU")
+        others["Is segmentation better?"] = compare_models(models, "mIoU")
     attention = {name: read_attention(results / f"models-{name}") for name in (dataset, *elsewhere)}
     found = [f"{printed(name)}: {compare_attention(test)}" for name, test in attention.items() if test]
     if models and found:
         found.append("(Jensen-Shannon divergence, permutation tests over runs.)")
-        questions["Do attention maps differ?"] = " ".join(found)
+        others["Do attention maps differ?"] = " ".join(found)
     folders = [folder for study in STUDIES for folder in folders_of(results, study, dataset)]
     links = [f"[{f.name.replace(f'-{dataset}', '')}](results/{f.name}/README.md)" for f in folders]
-    parts = [
-        overview(studies),
-        f'<img align="right" width="330" src="results/{picture}" alt="{caption}, {printed(dataset)}">',
-        "\n".join(wrap(f"- **{question}** {text}", "  ") for question, text in questions.items()),
-        wrap(f"{protocol(models, dataset)}Studies: {', '.join(links)}; [other results](results/README.md)."),
-    ]
-    return "\n\n".join(parts) + "\n"
+    image = f'<img align="right" width="330" src="results/{picture}" alt="{caption}, {printed(dataset)}">'
+    studied = wrap(f"{rule(models)}Studies: {', '.join(links)}; [all](results/README.md).")
+    return {
+        "answer": "\n\n".join([overview(studies), image, *legend(models, dataset), bullets(first)]) + "\n",
+        "results": "\n\n".join([bullets(others), studied]) + "\n",
+    }
+
+
+def bullets(answers):
+    """{question: answer} as a Markdown list."""
+    return "\n".join(wrap(f"- **{question}** {text}", "  ") for question, text in answers.items())
 
 
 def folders_of(results, study, dataset):
@@ -106,21 +117,30 @@ def wrap(text, indent=""):
     return textwrap.fill(text, 109, **options)
 
 
-def protocol(models, dataset):
-    """What the numbers of the models study mean, and whether there are enough seeds to show anything."""
+def legend(models, dataset):
+    """What the numbers of the models study mean: [a paragraph], [] without one."""
     if not models:
-        return ""
+        return []
     n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
     minutes = [row["seconds"] / 60 for rows in models.values() for row in rows]
-    hybrids, singles = split_titles(models)
-    too_few = len(hybrids) * len(singles) * 2 / 2**n > SIGNIFICANT
-    return (
+    text = (
         f"{printed(dataset)}, {n} fresh seed{'s' * (n > 1)} of each method's best setting, {budget:g} PFLOP "
         f"({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard deviation in %; "
-        "differences in points, paired by seed, with Student's 95 % interval. The figure shows k-NN on "
-        f"held-out training images. A yes or no needs p < {SIGNIFICANT} (paired sign-flip test, Holm)"
-        f"{f', impossible with {n} seeds' * too_few}. {describe_cc(models)}"
+        "differences in points, paired by seed, with Student's 95 % interval. Figure: k-NN on held-out "
+        "training images."
     )
+    return [wrap(text)]
+
+
+def rule(models):
+    """When an answer is yes or no, and whether there are enough seeds for that."""
+    if not models:
+        return ""
+    n, (hybrids, singles) = min(map(len, models.values())), split_titles(models)
+    too_few = len(hybrids) * len(singles) * 2 / 2**n > SIGNIFICANT
+    impossible = f", impossible with {n} seed{'s' * (n > 1)}" * too_few
+    test = "(paired sign-flip test, Holm)"
+    return f"A yes or no needs p < {SIGNIFICANT} {test}{impossible}. {describe_cc(models)}"
 
 
 def describe_cc(models):
