@@ -89,23 +89,19 @@ def read_groups(text):
 
 
 def own_images(path, size):
-    """One image file, or those of a folder: Split, and the files that cannot be read, which it prints."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"--images={path} does not exist")
-    paths = [path] if path.is_file() else image_files(path)
-    decoded, broken = [], []
+    """One image file, or those of a folder, less what cannot be read, which it prints: Split."""
+    paths = [path] if os.path.isfile(path) else image_files(path)
+    decoded = []
     for file in paths:
         try:
             decoded.append(torch.from_numpy(decode(file, size).copy()))
-        except UserError as error:
+        except ValueError as error:
             print(f"left out: {error}")
-            broken.append(str(file))
     if not decoded:
         raise UserError(f"--images={path} holds no image that can be read")
-    if broken:
-        print(f"{len(broken)} of {len(paths)} images left out")
-    return Split(torch.stack(decoded), None, []), broken
+    if len(decoded) < len(paths):
+        print(f"{len(paths) - len(decoded)} of {len(paths)} images left out")
+    return Split(torch.stack(decoded), None, [])
 
 
 def choose_images(dataset, data_dir, size, n, seed, skip_bad_images):
@@ -181,12 +177,9 @@ if __name__ == "__main__":
     for _, _, backbone, _ in runs:
         check_size(image_size, backbone.patch_size)
     if images:
-        data, skipped = own_images(images, image_size)
+        data = own_images(images, image_size)
     else:
-        skipped = []
         dataset, data_dir = trained_on(config, about)
-        if not dataset:
-            raise UserError(f"--ckpt={ckpt} does not say its data set: give --dataset, or --images=FOLDER")
         data = choose_images(dataset, data_dir, image_size, n_images, seed, skip_bad_images)
 
     folder = output_folder(config, first_path, dataset or "images")
@@ -210,7 +203,7 @@ if __name__ == "__main__":
 
     result = {**config, "dataset": dataset, "image_size": image_size, "runs": report, "names": names}
     result.update(group_of_run=group_of_run.tolist(), seed_of_run=seeds, tests=tests)
-    result.update(divergence_bits=d.mean(0).tolist(), images=len(data.images), skipped=skipped)
+    result.update(divergence_bits=d.mean(0).tolist(), images=len(data.images))
     result.update(torch=torch.__version__, **git_state())
 
     print(f"\n{len(data.images)} images of {images or dataset}, {image_size} pixels, last block\n")

@@ -130,8 +130,6 @@ if __name__ == "__main__":
     backbone, about = load_backbone(config, device, ViT)
     digest = sha256(Path(ckpt).read_bytes()) if Path(ckpt).is_file() else ""  # a run may save meanwhile
     dataset, data_dir = trained_on(config, about)
-    if not dataset:
-        raise UserError(f"--ckpt={ckpt} does not say what it was trained on: give --dataset")
     image_size = image_size or about["image_size"]
     check_size(image_size, backbone.patch_size)
     file = output_folder(config, ckpt, dataset) / "eval_linear.json"

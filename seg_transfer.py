@@ -34,7 +34,7 @@ from twins.datasets import from_bytes
 from twins.errors import UserError
 from twins.evaluation_pictures import segmentation_picture
 from twins.files import git_state, write_file
-from twins.masks import has_masks, load_masks
+from twins.masks import load_masks
 from twins.processes import gather, rank, seed_step, setup, shard
 from twins.segmentation import PIXELS, Finetuned, Head, best_of_grid, patch_tokens, score
 from vit import ViT, check_size
@@ -142,9 +142,6 @@ if __name__ == "__main__":
     device, autocast = setup(device, dtype, seed)
     backbone, about = load_backbone(config, device, ViT)
     dataset, data_dir = trained_on(config, about)
-    if not has_masks(dataset, data_dir):
-        known = "give --dataset=shapes, folder, voc2012, pet or imagenet_s"
-        raise UserError(f"--dataset={dataset} in {data_dir} has no masks: {known}")
     image_size = image_size or about["image_size"]
     patch_size = backbone.patch_size
     check_size(image_size, patch_size)

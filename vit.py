@@ -44,11 +44,6 @@ class Attention(nn.Module):
             k, v = F.linear(x, weight[dim:], bias[dim:]).chunk(2, dim=-1)
         return [rearrange(tokens, "b n (h c) -> b h n c", h=self.heads) for tokens in (q, k, v)]
 
-    def weights(self, x):
-        """x [b n d] -> the attention itself [b h n n], rows sum to 1: softmax(q k^T / sqrt(c))."""
-        q, k, _ = self.project(x)
-        return attention_weights(q, k)
-
     def forward(self, x, queries=None):
         q, k, v = self.project(x, queries)
         if x.device.type == "cpu" and x.shape[1] <= FEW_TOKENS.get(q.dtype, 0):
@@ -200,7 +195,8 @@ class ViT(nn.Module):
         block = range(len(self.blocks))[block]
         for earlier in self.blocks[:block]:
             x = earlier(x)
-        return self.blocks[block].attn.weights(self.blocks[block].norm1(x))
+        q, k, _ = self.blocks[block].attn.project(self.blocks[block].norm1(x))
+        return attention_weights(q, k)
 
 
 def init_weights(module):

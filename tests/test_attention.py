@@ -209,7 +209,7 @@ def test_ones_own_images_less_a_broken_one(command, tmp_path):
     assert "2.jpg cannot be read" in done.stdout and "1 of 3 images left out" in done.stdout
     assert json.loads((tmp_path / "out" / "attention.json").read_text())["images"] == 2
     refused(command("attn_viz.py", **keys | {"image_size": 34}), 1, "34", "32 or 36")
-    refused(command("attn_viz.py", **keys | {"images": "nowhere"}), 1, "nowhere does not exist")
+    refused(command("attn_viz.py", **keys | {"images": "nowhere"}), 1, "nowhere cannot be opened")
     refused(command("attn_viz.py", **keys | {"blocks": "some"}), 1, "last or all")
     refused(command("attn_viz.py", **keys | {"ckpt": "absent.pt"}), 1, "absent.pt does not exist")
 
@@ -221,9 +221,9 @@ def photograph(path, seed):
 def test_one_image_file(tmp_path):
     photograph(tmp_path / "a.png", 0)
     photograph(tmp_path / "b.png", 1)
-    data, broken = own_images(tmp_path / "a.png", 16)
-    assert data.images.shape == (1, 3, 16, 16) and broken == []
-    assert torch.equal(data.images[0], own_images(tmp_path, 16)[0].images[0])
+    data = own_images(tmp_path / "a.png", 16)
+    assert data.images.shape == (1, 3, 16, 16)
+    assert torch.equal(data.images[0], own_images(tmp_path, 16).images[0])
 
 
 def test_home_folders_ascii_terminals_and_notebooks(tmp_path):

@@ -132,10 +132,10 @@ BAD = {  # what is made in a folder, what is loaded, what is said
     "labels from 0": (
         lambda r: imagenet(r, low=0),
         NPZ,
-        r"batch_1.npz has labels int64 \[10\], the first 0: .* counted from 1",
+        "batch_1.npz .*labels from 0 to 200, not from 1",
     ),
     "wrong width": (lambda r: imagenet(r, width=768), NPZ, r"uint8 \[10, 768\], not uint8 \[n 3072\]"),
-    "not bytes": (lambda r: imagenet(r, dtype=np.float32), NPZ, r"holds data float32 \[10, 3072\]"),
+    "not bytes": (lambda r: imagenet(r, dtype=np.float32), NPZ, r"data float32 \[10, 3072\]"),
     "label missing": (
         lambda r: imagenet(r, labels=np.ones(9, int)),
         NPZ,
@@ -144,7 +144,7 @@ BAD = {  # what is made in a folder, what is loaded, what is said
     "labels are text": (
         lambda r: imagenet(r, labels=np.array(["cat"] * 10)),
         NPZ,
-        r"labels <U3 .*the first cat: a number",
+        r"labels <U3 .*not a number",
     ),
     "pickled labels": (lambda r: imagenet(r, labels=np.array([None] * 10)), NPZ, "allow_pickle=False"),
     "other keys": (

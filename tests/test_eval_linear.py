@@ -25,8 +25,8 @@ from twins.probes import (
     nearest_neighbours,
     predict,
     whitening,
-    wilson,
 )
+from twins.statistics import wilson_interval
 from vit import ViT
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_whitened_features_have_unit_covariance():
 def test_the_interval_is_wilsons(hits, n):
     stats = pytest.importorskip("scipy.stats")
     theirs = stats.binomtest(hits, n).proportion_ci(method="wilson")
-    assert wilson(hits / n, n) == pytest.approx([theirs.low, theirs.high], abs=1e-4)
+    assert wilson_interval(hits, n) == pytest.approx([theirs.low, theirs.high], abs=1e-4)
 
 
 def planted(n, seed, distance=1.0):

@@ -219,11 +219,11 @@ def test_the_command_on_a_folder(photographs, command, tmp_path):
     tuned = command("seg_transfer.py", finetune=True, **keys | {"out_dir": "tuned"})
     assert tuned.returncode == 0 and "| fine-tuned |" in tuned.stdout, tuned.stderr
     refused(command("seg_transfer.py", **keys | {"image_size": 30}), 1, "30", "28 or 32")
-    refused(command("seg_transfer.py", **keys | {"data_dir": "nowhere"}), 1, "has no masks")
+    refused(command("seg_transfer.py", **keys | {"data_dir": "nowhere"}), 1, "nowhere cannot be opened")
     for part in ("train", "val"):
         for path in (root / part / "masks").iterdir():
             save(path, np.full((40, 60), 255))
-    refused(command("seg_transfer.py", **keys), 1, "nothing that counts")
+    refused(command("seg_transfer.py", **keys), 1, "hold no object")
 
 
 def test_finetuning_trains_the_backbone_and_leaves_the_original(monkeypatch):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from twins.errors import UserError
 from twins.files import make_folder
-from twins.keys import convert, parse
+from twins.keys import parse
 from twins.weights import build, read_backbone
 
 ACCEPTED = "give a run's folder or ckpt.pt, an export folder, a file of weights, or random"
@@ -24,7 +24,6 @@ def configure_evaluation(script, argv=None):
     if given["ckpt"] == "random":
         config.update(preset)
     config.update(given)
-    config = {name: convert(name, options[name], value) for name, value in config.items()}
     script.update(config)
     return config
 
@@ -62,11 +61,12 @@ def random_like(backbone, device):
 
 
 def trained_on(config, about):
-    """The data set to evaluate on and its folder: those given, else those the run was trained on, else ''."""
-    known = about.get("dataset", ""), about.get("data_dir", "data")
-    if not all(isinstance(text, str) for text in known):
-        raise UserError(f"the data of --ckpt={config['ckpt']} are not text: give --dataset and --data_dir")
-    return config["dataset"] or known[0], config["data_dir"] or known[1]
+    """The data set to evaluate on and its folder: those given, else those the run was trained on."""
+    dataset = config["dataset"] or about.get("dataset")
+    data_dir = config["data_dir"] or about.get("data_dir", "data")
+    if not (dataset and isinstance(dataset, str) and isinstance(data_dir, str)):
+        raise UserError(f"--ckpt={config['ckpt']} does not say its data: give --dataset and --data_dir")
+    return dataset, data_dir
 
 
 def output_folder(config, ckpt, dataset):

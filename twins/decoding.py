@@ -124,10 +124,9 @@ def decode_all(paths, size, file, progress, resample=BICUBIC):
             said.close()
         done = np.fromfile(flags, np.uint8)
         progress(int((done > 0).sum()))
-        close_holes(part, offset, done)
+        close_holes(part, done)
         flags.write_bytes(done.tobytes() + checksum(np.load(part, mmap_mode="r")))
         os.replace(part, file)
-        os.truncate(file, offset + int((done == DECODED).sum()) * 3 * size * size)
         names.unlink()
     return done
 
@@ -140,57 +139,46 @@ def checksum(images):
 def is_whole(file, flags, n):
     try:
         marks, images = flags.read_bytes(), np.load(file, mmap_mode="r")
-        return len(images) == marks[:n].count(DECODED) and marks[n:] == checksum(images)
+        return len(images) == n and marks[n:] == checksum(images)
     except (OSError, ValueError, EOFError):  # not there, or cut off
         return False
 
 
 def rows_of(flags):
-    """The file of each row of the array, [n - broken]: in order, the last ones in place of broken ones."""
+    """The file of each row that counts, [n - broken]: in order, the last ones in place of broken ones."""
     n = int((flags == DECODED).sum())
     rows = np.arange(n)
     rows[flags[:n] == BROKEN] = n + np.flatnonzero(flags[n:] == DECODED)
     return rows
 
 
-def close_holes(part, offset, flags):
+def close_holes(part, flags):
     """Moves rows to where rows_of() puts them. It deletes nothing, so if killed it can simply run again."""
-    rows, size = rows_of(flags), np.load(part, mmap_mode="r").shape[-1]
-    images = np.memmap(part, np.uint8, "r+", offset, (len(flags), 3, size, size))
-    for i in np.flatnonzero(rows != np.arange(len(rows))):
-        images[i] = images[rows[i]]
+    images = np.load(part, mmap_mode="r+")
+    for i, row in enumerate(rows_of(flags)):
+        if row != i:
+            images[i] = images[row]
     images.flush()
-    with open(part, "r+b") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *images.shape[1:])}
-        np.lib.format.write_array_header_1_0(file, header)
-        assert file.tell() == offset
 
 
-class locked:
+@contextlib.contextmanager
+def locked(path, wait=True):
     """An exclusive lock on a file or folder, released if the process dies.
 
     With `wait=False` it raises BlockingIOError if another process has it.
     """
-
-    def __init__(self, path, wait=True):
-        self.path, self.wait, self.file = path, wait, None
-
-    def __enter__(self):
+    with contextlib.ExitStack() as held:
         try:
             import fcntl
 
-            self.file = os.open(self.path, os.O_RDONLY if self.path.is_dir() else os.O_RDWR | os.O_CREAT)
-            fcntl.flock(self.file, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))
+            file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+            held.callback(os.close, file)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            self.__exit__()
             raise
         except (ImportError, OSError):  # Windows, and disks without locks: start one run after the other
             pass
-
-    def __exit__(self, *error):
-        if self.file is not None:
-            os.close(self.file)
-            self.file = None
+        yield
 
 
 def work(paths, array, offset, size, resample, worker, workers):

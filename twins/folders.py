@@ -3,6 +3,8 @@
 Letters in shapes:  n images  s image side
 """
 
+import contextlib
+import glob
 import hashlib
 import os
 import re
@@ -14,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from twins import decoding
+from twins.decoding import decode
 from twins.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp", ".gif", ".tif"}
@@ -31,7 +34,7 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     Returns images uint8 [n 3 s s], labels int64 [n] or None, and the classes. Decoded once, short side
     resized to s, centre cropped; kept in data_dir/.cache (in ~/.cache/dino-twins if data_dir is read-only) as
     one memory-mapped array, made anew when a file's name, size or date changes. s is `image_size`, or
-    `cache_size` if given, 0 for cache_side(). Raises UserError if the layout is ambiguous.
+    `cache_size` if given, 0 for 1.6 x image_size. Raises UserError if the layout is ambiguous.
     """
     if not os.path.isdir(data_dir):
         raise UserError(f"--data_dir={data_dir} is not a folder: give the one that holds train/<class>/*.jpg")
@@ -61,8 +64,8 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     if any(deep for _, deep in sample):
         print("images of more than 8 bits a pixel are scaled to 8, see docs/options.md", flush=True)
     size, name, resample = image_size, root.name, decoding.BICUBIC
-    if cache_size is not None:
-        size = cache_size or cache_side(image_size, [side for side, _ in sample])
+    if cache_size is not None:  # a crop of 40 % of the area shall have image_size pixels
+        size = cache_size or max(image_size, min(round(1.6 * image_size), max(side for side, _ in sample)))
     if size < image_size:
         raise UserError(f"--cache_size={size} is less than --image_size={image_size}: views would be blurred")
     if size > image_size:
@@ -87,7 +90,7 @@ def split_folder(top, found, split):
         only = ", ".join(f"{path.name}/" for path in found.values())
         only = f", only {only}: rename it, or give it as --data_dir" if only else ""
         raise UserError(f"{top} has no {'/ or '.join(wanted)}/ folder{only}")
-    if len(roots) > 1 and not has_classes(roots[0]) and has_classes(roots[1]):
+    if len(roots) > 1 and subfolders(roots[1]) and not subfolders(roots[0]):
         print(f"{roots[0]} has no class folders: {roots[1]}, which has them, is used instead", flush=True)
         return roots[1]
     return roots[0] if roots else top
@@ -115,11 +118,6 @@ def refuse_others(top, root, found):
     if names:
         hint = f"give --data_dir={root} for it alone, or put all classes into train/"
         raise UserError(f"{root} holds images without class folders beside {' '.join(names[:5])}: {hint}")
-
-
-def cache_side(image_size, sides):
-    """1.6 x image_size, so that 40 % of the area has image_size pixels; at most the largest of `sides`."""
-    return max(image_size, min(round(1.6 * image_size), max(sides)))
 
 
 def below(root, path):
@@ -176,10 +174,6 @@ def without_masks(root):
     return root / images[0]
 
 
-def has_classes(root):
-    return any(os.sep in below(root, path) for path in walk(root)[0])
-
-
 def walk(root):
     """The images below `root`, sorted, and {what is left out: how often}; no folder is read twice."""
     paths, left, seen = [], Counter(), set()
@@ -230,10 +224,11 @@ def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BIC
     try:
         with tqdm(total=len(paths), desc=title, unit=" images", disable=file.exists()) as bar:
             flags = decoding.decode_all(paths, size, file, lambda n: bar.update(n - bar.n), resample)
-        remove_old(folder, rf"{re.escape(name)}-{size}-[0-9a-f]{{16}}", file.stem)
+        remove_old(folder, f"{name}-{size}", file.stem)
         images = torch.from_numpy(np.load(file, mmap_mode="c"))
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"the cache {file} cannot be made or read: {error}") from None
+    rows = decoding.rows_of(flags)
     broken = [path for path, flag in zip(paths, flags, strict=True) if flag == decoding.BROKEN]
     if broken:
         try:
@@ -242,7 +237,7 @@ def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BIC
                 file.unlink()
                 return cached(root, paths, size, name, skip_bad_images, resample, retry=False)
             sentence = f"{broken[0]} could not be read when {file} was made"
-        except UserError as error:
+        except ValueError as error:
             sentence = str(error)
         sentence += f", nor can {len(broken) - 1} more, e.g. {', '.join(broken[1:4])}" if broken[1:] else ""
         count = f"{len(broken)} of {len(paths)} images"
@@ -251,7 +246,7 @@ def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BIC
         if not skip_bad_images:
             raise UserError(f"{sentence}: fix or remove it, or leave it out with --skip_bad_images=True")
         print(f"left out {count}: {sentence}", flush=True)
-    return images, [paths[i] for i in decoding.rows_of(flags)]
+    return images[: len(rows)], [paths[i] for i in rows]
 
 
 def state_of(path):
@@ -268,21 +263,10 @@ def hashed(text):
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
 
-def remove_old(folder, names, new):
-    """Removes outdated caches, whose names match `names`, except `new` and those in use by others."""
-    for lock in folder.glob("*.lock"):
-        if re.fullmatch(names, lock.stem) and lock.stem != new:
-            try:
-                with decoding.locked(lock, wait=False):
-                    for suffix in (".npy", ".npy.part", ".flags", ".paths"):
-                        lock.with_suffix(suffix).unlink(missing_ok=True)
-            except OSError:  # another's
-                pass
-
-
-def decode(path, size):
-    """One image file -> uint8 [3 size size]. Raises UserError, naming the file."""
-    try:
-        return decoding.decode(path, size)
-    except ValueError as error:
-        raise UserError(error) from None
+def remove_old(folder, name, new):
+    """Removes outdated caches, <name>-<hash>, except `new` and those in use by others."""
+    for lock in folder.glob(f"{glob.escape(name)}-{16 * '[0-9a-f]'}.lock"):
+        if lock.stem != new:
+            with contextlib.suppress(OSError), decoding.locked(lock, wait=False):
+                for suffix in (".npy", ".npy.part", ".flags", ".paths"):
+                    lock.with_suffix(suffix).unlink(missing_ok=True)

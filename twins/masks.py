@@ -52,10 +52,8 @@ def load_masks(dataset, data_dir, image_size, split="train", skip_bad_images=Fal
     if dataset == "folder":
         masks = without_soft_edges(masks, root)
     masks = torch.from_numpy(np.stack(masks))
-    if masks.max() < 0:
-        raise UserError(f"the masks of {root} hold nothing that counts: every pixel is marked to be ignored")
-    if masks.max() == 0:
-        raise UserError(f"the masks of {root} hold no object, only background")
+    if masks.max() <= 0:
+        raise UserError(f"the masks of {root} hold no object, only background and what does not count")
     classes = classes or [f"class {i}" if i else "background" for i in range(int(masks.max()) + 1)]
     return Split(pixels, None, classes, masks)
 
@@ -67,7 +65,7 @@ def mask_folder(root, split):
     roots = [found[name] for name in names if name in found]
     root = next((path for path in roots if (path / "images").is_dir() and (path / "masks").is_dir()), None)
     if root is None:
-        raise UserError(f"--data_dir has no {names[-1]}/images/ with {names[-1]}/masks/ beside it")
+        raise UserError(f"--data_dir has no masks: no {names[-1]}/images/ with {names[-1]}/masks/ beside it")
     images, (masks, _) = image_files(root / "images"), walk(root / "masks")
     masks.sort(key=lambda mask: mask.endswith(".png"))  # of two masks, the .png one
     masks = {stem(root / "masks", mask): mask for mask in masks}

@@ -70,13 +70,9 @@ def assignments(groups, seeds, permutations, rng):
 
     groups, seeds: int64 [r]. If there are more ways than `permutations`, that many are drawn at random.
     """
-    runs_of_seed = {}
-    for run, seed in enumerate(seeds.tolist()):
-        runs_of_seed.setdefault(seed, []).append(run)
-    by_size = {}  # runs of a seed -> the seeds that have so many, each a list of runs
-    for runs in runs_of_seed.values():
-        by_size.setdefault(len(runs), []).append(runs)
-    blocks = [np.array(runs) for runs in by_size.values()]  # each [seeds, runs of a seed]
+    runs_of_seed = [(seeds == seed).nonzero()[:, 0].numpy() for seed in seeds.unique()]
+    sizes = sorted({len(runs) for runs in runs_of_seed})
+    blocks = [np.stack([runs for runs in runs_of_seed if len(runs) == n]) for n in sizes]  # [seeds, n] each
     labels = [groups.numpy()[block] for block in blocks]
     rows = [sorted(tuple(sorted(row)) for row in block.tolist()) for block in labels]
     ways = math.prod(count_arrangements(r) * math.prod(map(count_arrangements, r)) for r in rows)
@@ -96,9 +92,7 @@ def assignments(groups, seeds, permutations, rng):
 
 def pairing(groups, seeds):
     """Whether the groups int64 [r] have the same seeds int64 [r]: "all", "some" or "none"."""
-    pairs = Counter(zip(groups.tolist(), seeds.tolist(), strict=True))
-    groups_of_seed = Counter(seed for _, seed in pairs)
-    sharing = set(groups_of_seed.values())
+    sharing = {len(groups[seeds == seed].unique()) for seed in seeds.unique()}
     if sharing == {len(groups.unique())}:
         return "all"
     return "none" if sharing == {1} else "some"

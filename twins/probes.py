@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from twins.errors import UserError
 from twins.monitor import knn
+from twins.statistics import wilson_interval
 
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # of the L2 penalty; each starts where the one before ended
 NEIGHBOURS = (10, 20, 100, 200)
@@ -84,18 +85,10 @@ def hit_rate(scores, labels, top=1):
     return hits.any(1).float().mean().item()
 
 
-def wilson(share, n):
-    """95 % interval [low, high] of a share of n (Wilson, 1927), which is not empty at 0 or 1."""
-    z = 1.96
-    centre = share + z**2 / (2 * n)
-    half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    return [max((centre - half) / (1 + z**2 / n), 0.0), min((centre + half) / (1 + z**2 / n), 1.0)]
-
-
 def measure(scores, labels):
     """A test result from scores [n c] and labels [n]."""
-    top1 = hit_rate(scores, labels)
-    return {"top1": top1, "top5": hit_rate(scores, labels, 5), "interval95": wilson(top1, len(labels))}
+    top1, n = hit_rate(scores, labels), len(labels)
+    return {"top1": top1, "top5": hit_rate(scores, labels, 5), "interval95": wilson_interval(top1 * n, n)}
 
 
 def linear_probe(x, labels, held_out, rest, test, test_labels, classes, name=""):
