@@ -103,6 +103,11 @@ BAD_SPLITS = {  # files, split, what is said
         "train",
         "cat holds test, train: move them to train/<class>/",
     ),
+    "splits in a class of train/": (
+        ["train/cat/train/0.png", "train/dog/1.png", "test/cat/0.png", "test/dog/1.png"],
+        "test",
+        "train/cat holds train: move them",
+    ),
     "a class train": (
         ["train/0.png", "bus/0.png"],
         "train",

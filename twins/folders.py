@@ -43,14 +43,14 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     root = split_folder(top, found, split)
     paths = image_files(root)
     first = [below(root, path).split(os.sep) for path in paths]
-    flat, known = all(len(parts) == 1 for parts in first), first
+    flat, home, known = all(len(parts) == 1 for parts in first), root, first
     if flat and split == "train":
         refuse_others(top, root, found)
     if split == "test" and "train" in found:  # numbered as in training
-        trained = without_masks(found["train"])
-        known = [below(trained, path).split(os.sep) for path in walk(trained)[0]]
+        home = without_masks(found["train"])
+        known = [below(home, path).split(os.sep) for path in walk(home)[0]]
     classes = [] if flat else sorted({parts[0] for parts in known if len(parts) > 1})
-    refuse_wrapping(root, classes, known)
+    refuse_wrapping(home, classes, known)
     stray = [path for path, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes]
     if stray:
         if not classes:
