@@ -44,6 +44,7 @@ data_dir = "data"  # where its files are
 masks_dir = ""  # for models: a folder of images and masks for seg_transfer.py; empty: on shapes only
 preset = "small"  # of the scripts; on shapes their shapes preset
 trials = 16  # settings of a search: random ones, or the best of --search_dir [1..1000]
+mechanisms = ""  # which ones to remove, such as EMA,multi-crop; "all": at once; empty: each one, and all
 seeds = 8  # seeds per setting in models and removal; fewer cannot give p < 0.05 after Holm [1..1000]
 pflop = 0.0  # floating-point operations per run, in 1e15; 0: the default in PFLOP [0..]
 search_dir = ""  # the search whose best settings are used; empty, in models and removal: results/search-...
@@ -117,7 +118,7 @@ def make_cells():
             else:
                 settings = {"full": best_setting(searched, script) if searched else {}}
             if study == "removal" and "ema" in options:
-                settings = removals(MECHANISMS, settings["full"], options)
+                settings = removals(MECHANISMS, settings["full"], options, mechanisms)
             for label, setting in settings.items():
                 cell = {"script": script, "label": label, "seed": seed, "setting": setting, "budget": pflop}
                 images = [dataset, data_dir] if dataset == "folder" else [dataset]

@@ -60,6 +60,11 @@ def test_every_mechanism_can_be_toggled_twice(script):
     settings = removals(ablate.MECHANISMS, {"head_bn": False, "ema": 0.9}, options)
     assert len(settings) == 2 + len(ablate.MECHANISMS) and "BatchNorm in the head on" in settings
     assert settings["EMA schedule off"]["ema_end"] == 0.9 and "head_bn" in settings["all off"]
+    some = removals(ablate.MECHANISMS, {"head_bn": False, "ema": 0.9}, options, "multi-crop,EMA schedule,all")
+    assert list(some) == ["full", "EMA schedule off", "multi-crop off", "all off"]
+    assert all(settings[label] == setting for label, setting in some.items())  # so rows fit in either study
+    with pytest.raises(UserError, match="ema is no mechanism: choose from centering, sharpening"):
+        removals(ablate.MECHANISMS, {}, options, "ema")
     for mechanism in ablate.MECHANISMS.values():
         assert toggle(mechanism, settings["all off"], options)[1] == "on"
 
@@ -390,7 +395,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     write_rows(tmp_path / "removal-cifar10", [r for r in removed if r["seed"] == 0])
     said = "one seed so far: centering +1.0, EMA -10.0. - **Is"
     assert said in answer_text(tmp_path)
-    longer = [{**r, "budget": 0.2, "knn": r["knn"] + 0.1} for r in removed]  # most seeds, then most PFLOP
+    longer = [{**r, "budget": 0.2, "knn": r["knn"] + 0.1} for r in removed]  # most rows, then most PFLOP
     write_rows(tmp_path / "removal-cifar10-long", [r for r in longer if r["seed"] < 2])
     write_rows(tmp_path / "removal-cifar10-longer", longer[::seeds])
     write_rows(tmp_path / "removal-cifar100", longer)  # another data set

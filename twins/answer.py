@@ -88,14 +88,14 @@ def folders_of(results, study, dataset):
 
 
 def best_removals(results, dataset, titles):
-    """{method: its rows}, of each method the removal study with the most seeds, then the largest budget."""
+    """{method: its rows}, of each method the removal study with the most rows, then the largest budget."""
     found = {}
     for folder in folders_of(results, "removal", dataset):
         for title, rows in group_rows(read_rows(folder), titles).items():
             found.setdefault(title, []).append(rows)
 
     def size(rows):
-        return sum(row["label"] == "full" for row in rows), rows[0]["budget"]
+        return len(rows), rows[0]["budget"]
 
     return {title: max(found[title], key=size) for title in titles.values() if title in found}
 

@@ -75,12 +75,19 @@ def toggle(mechanism, setting, options):
     return {**setting, **on}, "on"
 
 
-def removals(mechanisms, setting, options):
-    """{label: setting}: in full, each of {name: mechanism} toggled alone, all that are on switched off."""
-    settings, all_off = {"full": setting}, setting
+def removals(mechanisms, setting, options, only=""):
+    """{label: setting}: in full, each of {name: mechanism} toggled alone, all that are on switched off.
+
+    only: the names of some, separated by commas, "all" for the last. Raises UserError for an unknown one.
+    """
+    settings, all_off = {}, setting
     for name, mechanism in mechanisms.items():
-        changed, state = toggle(mechanism, setting, options)
-        settings[f"{name} {state}"] = changed
-        if state == "off":
+        settings[name] = toggle(mechanism, setting, options)
+        if settings[name][1] == "off":
             all_off, _ = toggle(mechanism, all_off, options)
-    return {**settings, "all off": all_off}
+    settings["all"] = all_off, "off"
+    names = only.split(",") if only else settings
+    if unknown := [name for name in names if name not in settings]:
+        raise UserError(f"{unknown[0]} is no mechanism: choose from {', '.join(settings)}")
+    changed = {f"{name} {state}": found for name, (found, state) in settings.items() if name in names}
+    return {"full": setting, **changed}
