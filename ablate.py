@@ -30,12 +30,12 @@ from pathlib import Path
 
 from twins.answer import write_answer
 from twins.errors import ROOT, UserError
-from twins.files import read_json
+from twins.files import only_writer, read_json
 from twins.jobs import default_slots, last_line, run_jobs, start
 from twins.keys import holds_run, parse
 from twins.reports import write_report
 from twins.settings import MECHANISMS, draw_setting, read_script, removals
-from twins.studies import best_setting, finalists, only_writer, read_rows, run_results, unfinished, write_rows
+from twins.studies import best_setting, finalists, read_rows, run_results, unfinished, write_rows
 
 study = "search"  # which question [search|models|removal]
 scripts = "dino,barlow,hybrid_a,hybrid_b"  # which training scripts
@@ -93,11 +93,6 @@ MONITOR = {"knn_bank": 5000, "knn_queries": 5000}
 SECOND, FRESH = 500, 1000  # seed of a second round; the first of models, removal. Searches: 0, 1, 2 ...
 
 
-def script_of(name):
-    """(name in print, {option: value before a setting changes it}) of a training script in this study."""
-    return read_script(ROOT / f"{name}.py", (dataset, preset))
-
-
 def make_cells():
     """The runs of the study in order, each {script, label, seed, setting, budget, id}."""
     folder, numbers, cells = search_dir, [SECOND] if search_dir else range(trials), []
@@ -110,7 +105,7 @@ def make_cells():
         print(f"no search in {folder}: the settings are those of the presets")
     for seed in numbers:
         for script in dict.fromkeys(scripts.split(",")):
-            options = script_of(script)[1]
+            options = read_script(ROOT / f"{script}.py", (dataset, preset))
             if study == "search" and folder:
                 settings = {**finalists(searched, script, trials), "by hand": BY_HAND.get(script, {})}
             elif study == "search":
@@ -147,8 +142,7 @@ def cost_command(cell, file):
     few = {"knn_bank": 50, "knn_queries": 20, "max_steps": 10**6, "eval_every": 10**6}
     few["base_lr"] = 0.0  # a run that diverges at once has a cost, too
     script = ROOT / f"{cell['script']}.py"
-    words = ["data.multi_crop", script, *words_of(cell, **few)]
-    return [ROOT / "twins" / "stopwatch.py", file, 2, 3, "", *words]
+    return [ROOT / "twins" / "stopwatch.py", file, 2, 3, "", script, *words_of(cell, **few)]
 
 
 def run_cell(cell):
@@ -177,7 +171,9 @@ def run_cell(cell):
             check((yield [ROOT / "seg_transfer.py", *common, *masks]), log)
             networks = read_json(out / "seg_transfer.json")["results"]
             row["test"]["mIoU"] = next(iter(networks.values()))["miou"]  # the first is this checkpoint
-    return row
+    write_rows(out_dir, [*read_rows(out_dir), row])
+    accuracy = f"k-NN {row['knn']:.3f} (untrained {row['knn_init']:.3f})"
+    print(f"{name_of(cell)}: {accuracy}{', collapsed' * row['collapsed']}", flush=True)
 
 
 def check(code, log):
@@ -211,12 +207,6 @@ def compare_attention():
         raise UserError("attn_viz.py failed; the rows are complete")
 
 
-def finish(name, row):
-    write_rows(out_dir, [*read_rows(out_dir), row])
-    accuracy = f"k-NN {row['knn']:.3f} (untrained {row['knn_init']:.3f})"
-    print(f"{name}: {accuracy}{', collapsed' * row['collapsed']}", flush=True)
-
-
 if __name__ == "__main__":
     _, _, given = parse(globals())
     globals().update(given)
@@ -224,10 +214,9 @@ if __name__ == "__main__":
     runs_dir = Path(runs_dir or f"out/{out_dir.name}")
     preset = "" if dataset == "shapes" else preset
     pflop = pflop or PFLOP[study]
-    titles = {script: script_of(script)[0] for script in dict.fromkeys([*BY_HAND, *scripts.split(",")])}
     if report:
-        write_report(out_dir, study, titles)
-        sys.exit(write_answer(ROOT / "README.md", ROOT / "results", titles))
+        write_report(out_dir, study)
+        sys.exit(write_answer(ROOT / "README.md", ROOT / "results"))
     cells, slots = make_cells(), jobs or default_slots()
     with only_writer(out_dir):
         todo = unfinished(cells, out_dir, name_of)
@@ -235,13 +224,13 @@ if __name__ == "__main__":
         if dry_run:
             sys.exit(say_plan(todo, slots))
         work = [(name_of(cell), run_folder(cell).with_suffix(".txt"), run_cell(cell)) for cell in todo]
-        failures, stopped = run_jobs(work, slots, finish)
+        failures, stopped = run_jobs(work, slots)
         if read_rows(out_dir):
-            write_report(out_dir, study, titles)
+            write_report(out_dir, study)
     if stopped:
         sys.exit("stopped; the same command continues")
     if failures:
         sys.exit("failed:\n" + "\n".join(f"{name}: {why}" for name, why in failures.items()))
     if study == "models" and todo:
         compare_attention()
-        write_report(out_dir, study, titles)
+        write_report(out_dir, study)

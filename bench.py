@@ -15,7 +15,6 @@ all: 2 x 32 + 6 x 16 pixels (hybrid B 3 x 32). It runs in a process of its own, 
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -27,10 +26,11 @@ import torch
 
 from data import Crop, load, multi_crop
 from twins.datasets import MEAN, STD
-from twins.errors import ROOT, UserError
+from twins.errors import ROOT
 from twins.files import git_state, make_folder, read_json, write_file
 from twins.keys import parse
-from twins.processes import setup
+from twins.processes import precision, setup
+from twins.settings import read_script
 
 scripts = "dino,barlow,hybrid_a,hybrid_b"  # which ones
 against = ""  # compare views alone with those of another library [|torchvision]
@@ -55,8 +55,7 @@ def measure(script, options, trace_file):
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         words = [f"--{name}={value}" for name, value in options.items()]
-        command = [ROOT / "twins" / "stopwatch.py", result, warmup, steps, trace_file]
-        command += ["data.multi_crop", script, *words]
+        command = [ROOT / "twins" / "stopwatch.py", result, warmup, steps, trace_file, script, *words]
         environment = {**os.environ, "TQDM_DISABLE": "1"}
         code = subprocess.run([sys.executable, *map(str, command)], env=environment).returncode
         if code < 0:
@@ -84,21 +83,9 @@ def table_row(row):
     return [*times, f"{100 * row['views']:.1f} %", memory, *rates, f"{row['first']:.0f}"]
 
 
-def presets():
-    """{script's path: its own defaults for the options that its shapes preset changes}."""
-    found = {}
-    for name in scripts.split(","):
-        path = ROOT / f"{name}.py"
-        module = runpy.run_path(str(path), run_name="bench") if path.exists() else {}
-        if "PRESETS" not in module:
-            raise UserError(f"--scripts={scripts}: there is no training script {path}")
-        found[path] = {option: module[option] for option in module["PRESETS"]["shapes"]}
-    return found
-
-
-def time_scripts(report, device, kind):
-    """Measures all scripts, prints a table, writes bench.json; returns the names of those that failed."""
-    rows, failed, options_of = [], [], presets()
+def time_scripts(report, device, options_of):
+    """Measures scripts {path: their options}, prints a table, writes bench.json; returns who failed."""
+    rows, failed, kind = [], [], getattr(torch, report["dtype"])
     print(f"| script | {' | '.join(COLUMNS)} |\n|---|{'---:|' * len(COLUMNS)}", flush=True)
     for compiled in (False, True) if compile else (False,):
         for script, defaults in options_of.items():
@@ -187,21 +174,18 @@ if __name__ == "__main__":
     _, _, given = parse(globals())
     globals().update(given)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the child, too
-    presets()  # fails before anything is measured
-    device, autocast = setup(device, dtype, 0)
-    kind = torch.float32
-    with autocast:
-        if torch.is_autocast_enabled(device.type):
-            kind = torch.get_autocast_dtype(device.type)
+    files = [ROOT / f"{name}.py" for name in scripts.split(",")]
+    options_of = {file: read_script(file, ()) for file in files}  # without the preset of shapes
+    device, _ = setup(device, dtype, 0)
     is_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if is_gpu else f"cpu, {torch.get_num_threads()} threads"
-    report = {"device": name, "dtype": str(kind).removeprefix("torch."), "batch_size": batch_size}
+    report = {"device": name, "dtype": precision(dtype, device), "batch_size": batch_size}
     report.update(torch=torch.__version__, **git_state())
     make_folder(out_dir)  # fails before anything is measured
     print(f"{name}, {report['dtype']}, batch {batch_size}, torch {torch.__version__}\n")
     if against:
         time_views(report, device)
         sys.exit()
-    failed = time_scripts(report, device, kind)
+    failed = time_scripts(report, device, options_of)
     if failed:
         sys.exit(f"error: not measured: {', '.join(failed)}")

@@ -30,7 +30,7 @@ WITH_TEACHER = ("dino", "hybrid_a", "hybrid_b")
 def test_settings_are_drawn_from_the_space_and_shared():
     draws = {}
     for script in (*WITH_TEACHER, "barlow"):
-        options = read_script(ROOT / f"{script}.py", ("cifar10", "small"))[1]
+        options = read_script(ROOT / f"{script}.py", ("cifar10", "small"))
         draws[script] = [draw_setting(ablate.SPACE, 0, trial, options) for trial in range(40)]
         assert draws[script] == [draw_setting(ablate.SPACE, 0, trial, options) for trial in range(40)]
         assert all(setting.keys() <= options.keys() for setting in draws[script])
@@ -45,13 +45,13 @@ def test_settings_are_drawn_from_the_space_and_shared():
             assert 0.25 < np.mean(np.log(seen) < np.mean(np.log(values))) < 0.75  # log-uniform: half below
         else:
             assert set(seen) == set(values)
-    other = draw_setting(ablate.SPACE, 1, 0, read_script(ROOT / "dino.py", ())[1])
+    other = draw_setting(ablate.SPACE, 1, 0, read_script(ROOT / "dino.py", ()))
     assert other != draws["dino"][0]
 
 
 @pytest.mark.parametrize("script", WITH_TEACHER)
 def test_every_mechanism_can_be_toggled_twice(script):
-    options = read_script(ROOT / f"{script}.py", ("cifar10", "small"))[1]
+    options = read_script(ROOT / f"{script}.py", ("cifar10", "small"))
     for name, mechanism in ablate.MECHANISMS.items():
         once, first = toggle(mechanism, {}, options)
         assert {**options, **once} != options, name
@@ -69,30 +69,29 @@ def test_every_mechanism_can_be_toggled_twice(script):
         assert toggle(mechanism, settings["all off"], options)[1] == "on"
 
 
-def job(name, log, *commands):
+def job(name, log, *commands, finish=lambda name: None):
     def steps():
         for command in commands:
             if (yield ["-c", command]):
                 raise UserError(f"{name} has failed")
-        return name
+        finish(name)
 
     return name, log / f"{name}.txt", steps()
 
 
 def test_a_failing_job_costs_itself_alone(tmp_path):
-    wait = "import time; time.sleep(0.3)"
-    finished = []
-    jobs = [job("good", tmp_path, wait, "print('done')"), job("bad", tmp_path, "exit(3)")]
-    jobs += [job("unsaved", tmp_path, wait), job("last", tmp_path, wait)]
+    wait, finished = "import time; time.sleep(0.3)", []
 
-    def finish(name, result):
+    def finish(name):
         if name == "unsaved":
             raise KeyError("row")
-        finished.append((name, result))
+        finished.append(name)
 
-    failures, stopped = run_jobs(jobs, 2, finish)
+    jobs = [job("good", tmp_path, wait, "print('done')", finish=finish), job("bad", tmp_path, "exit(3)")]
+    jobs += [job(name, tmp_path, wait, finish=finish) for name in ("unsaved", "last")]
+    failures, stopped = run_jobs(jobs, 2)
     assert failures == {"bad": "bad has failed", "unsaved": "KeyError: 'row'"} and not stopped
-    assert sorted(finished) == [("good", "good"), ("last", "last")]
+    assert sorted(finished) == ["good", "last"]
     assert (tmp_path / "good.txt").read_text() == "done\n"
 
 
@@ -103,7 +102,7 @@ def test_a_signal_lets_the_jobs_save(tmp_path, numbers):
     saves += f"\nopen(r'{tmp_path}/ready', 'w')\ntime.sleep(60)"
     script = "import os, sys, threading, time; from pathlib import Path\nsys.path.insert(0, sys.argv[1])\n"
     script += "from test_ablate import job, run_jobs\nfolder = Path(sys.argv[2])\n"
-    script += "print(run_jobs([job('a', folder, sys.argv[3]), job('b', folder, 'pass')], 1, print))"
+    script += "print(run_jobs([job('a', folder, sys.argv[3]), job('b', folder, 'pass')], 1))"
     words = [sys.executable, "-c", script, ROOT / "tests", tmp_path, saves]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=paths())
     wait_for(lambda: (tmp_path / "ready").exists())
@@ -142,7 +141,7 @@ def test_a_misspelt_search_is_refused(monkeypatch):
 
 def test_rows_of_another_study_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="trial: not rows of a removal study"):
-        report_study([row("dino", "trial", 0, 0.3)], "removal", TITLES)
+        report_study([row("dino", "trial", 0, 0.3)], "removal")
     write_file(tmp_path / "attention.json", '{"tests": []}')
     assert read_attention(tmp_path) == {}
 
@@ -171,12 +170,12 @@ def test_tables_of_planted_rows():
     assert best_setting(rows, "dino") == {"wd": 0.4}
     with pytest.raises(UserError, match="no trial of barlow without collapse"):
         best_setting(rows, "barlow")
-    text = report_study(rows, "search", {"dino": "DINO"})["README.md"]
+    text = report_study(rows, "search")["README.md"]
     assert "| DINO | 3 | 1 of 3 (6 to 79 %) | 20.0 ± 0.0 | 53.3 ± 32.1 | 30.0 |  |  |  | 40.0 |" in text
     assert "- DINO: `--wd=0.4`" in text and "Commit aaaaaaaa;" in text
 
     rows = [row("dino", "trial 2", 500, 0.31), row("dino", "by hand", 500, 0.35, rank=2.0, collapsed=True)]
-    files = report_study(rows, "search", {"dino": "DINO"})
+    files = report_study(rows, "search")
     text = files["README.md"]
     assert text.startswith("# Second round: 2 runs") and set(files) == {"README.md"}
     assert "| DINO | trial 2 | 5 | 31.0 | 9.0 | no | 20.0 | 10.0 |" in text
@@ -186,7 +185,7 @@ def test_tables_of_planted_rows():
     rows = [row("dino", "full", seed, 0.4 + seed / 1e5) for seed in seeds]
     rows += [row("dino", "EMA off", seed, 0.3 + seed / 1e5, git_commit="b" * 40) for seed in seeds]
     rows += [row("dino", "centering off", seed, 0.405 + seed / 1e5) for seed in seeds][:5]
-    files = report_study(rows, "removal", {"dino": "DINO"})
+    files = report_study(rows, "removal")
     text = files["README.md"]
     assert "| EMA off | 6 | -10.0 | -10.0 to -10.0 | 0.031 | 0.062 | 0 of 6 (0 to 39 %) | cannot go |" in text
     assert "| centering off | 5 | +0.5 | +0.5 to +0.5 | 0.062 | 0.062 | 0 of 5 (0 to 43 %) | can go |" in text
@@ -196,7 +195,7 @@ def test_tables_of_planted_rows():
     rows = [row("dino", "full", 1, 0.4), row("dino", "full", 2, 0.5), row("barlow", "full", 2, 0.6)]
     assert paired(rows[2:], rows[:2], "held-out k-NN") == pytest.approx([0.1])
     rows[2]["test"] = {"test linear": 0.7}  # DINO has none, so there is nothing to compare
-    files = report_study(rows, "models", {"dino": "DINO", "barlow": "Barlow Twins"})
+    files = report_study(rows, "models")
     text = files["README.md"]
     assert "| Barlow Twins - DINO | 1 | +10.0 |" in text and "| test linear | pairs" not in text
     assert "| Barlow Twins | 1 | 0.1 | 5 | 4 | 1.0 | 0 of 1 (0 to 79 %) | 9.0 (10.0) | 60.0 | 70.0 |" in text
@@ -216,7 +215,7 @@ def test_the_second_round_has_the_best_of_the_first_and_one_by_hand(tmp_path, mo
     assert [cell["setting"] for cell in cells] == settings
     assert {cell["seed"] for cell in cells} == {ablate.SECOND}
     for script, setting in ablate.BY_HAND.items():
-        assert setting.keys() <= read_script(ROOT / f"{script}.py", ())[1].keys()
+        assert setting.keys() <= read_script(ROOT / f"{script}.py", ()).keys()
 
 
 @pytest.mark.parametrize(
@@ -314,19 +313,19 @@ def test_the_readmes_figures_are_those_of_the_rows():
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
     assert [part for part, _, _ in blocks] == ["answer", "results"]
     for part, name, text in blocks:
-        assert text == answer(ROOT / "results", name, TITLES)[part]
+        assert text == answer(ROOT / "results", name)[part]
     studies = [path.parent for path in ROOT.glob("results/*/rows.jsonl") if "pilot" not in path.parent.name]
     assert studies
     for folder in studies:
         study, attention = folder.name.partition("-")[0], read_attention(folder)
-        page = report_study(read_rows(folder), study, TITLES, attention)
+        page = report_study(read_rows(folder), study, attention)
         assert (folder / "README.md").read_text() == page["README.md"]
         assert all((folder / name).exists() for name in page)
 
 
 def answer_text(results):
     """All that README says of the studies of cifar10, in one line."""
-    return " ".join(" ".join(answer(results, "cifar10", TITLES).values()).split())
+    return " ".join(" ".join(answer(results, "cifar10").values()).split())
 
 
 @pytest.mark.parametrize(
@@ -367,7 +366,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
         "<!-- results cifar10 -->\nold\n<!-- end results -->\n"
     )
     for _ in range(2):
-        write_answer(readme, tmp_path, TITLES)
+        write_answer(readme, tmp_path)
     text = " ".join(readme.read_text().split())
     assert text.startswith("above <!-- answer") and text.endswith("-- end results -->")
     assert "-- end answer --> below <!-- results cifar10 --> - **Is training" in text
@@ -430,8 +429,3 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     said = "0.30 bits between methods, 0.20 between seeds of one method, p = 0.01, 3 runs."
     assert f"differ?** CIFAR-10: yes, more than seeds do, {said} (Jensen-Shannon" in text
     assert f"| 50.0 ± 0.0 | 60.0 ± 0.0 | {seeds} of {seeds} |" in text
-
-
-def test_a_script_without_a_docstring_has_its_files_name(tmp_path):
-    (tmp_path / "mine.py").write_text("PRESETS = {}\nwd = 0.1  # weight decay\n")
-    assert read_script(tmp_path / "mine.py", ()) == ("mine", {"wd": 0.1})

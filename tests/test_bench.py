@@ -38,7 +38,7 @@ def test_views_against_torchvision(command, tmp_path):
 
 
 def test_wrong_options_of_the_bench(command):
-    refused(command("bench.py", scripts="dino,data"), 1, "dino,data", "no training script")
+    refused(command("bench.py", scripts="dino,data"), 1, "no training script", "data.py")
     refused(command("bench.py", scripts="dino", out_dir="/proc/x"), 1, "/proc/x", "cannot be written")
     refused(command("bench.py", warmup=1), 1, "--warmup=1", "from 2")
 

@@ -13,17 +13,17 @@ from twins.statistics import holm, sign_flip_p, t_interval, verdict
 from twins.studies import group_rows, learned, measures, pair_with_full, paired, rank_fell, read_rows
 from twins.study_pictures import METRIC
 
-STUDIES = ("search", "models", "removal")
 BLOCK = re.compile(r"<!-- (answer|results) (\S+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
 STUDIES = ("search", "models", "removal")
 SIGNIFICANT = 0.05
+UNTRAINED = "Not answered yet: the best settings of the search have not been trained on fresh seeds.\n"
 VERDICTS = ("one seed so far", "too little learned", "can go", "cannot go", "unclear")
 
 
-def write_answer(readme, results, titles):
+def write_answer(readme, results):
     """Replaces README.md's text between <!-- answer DATASET --> and <!-- end answer -->, and of "results".
 
-    results: the folder of search-DATASET, models-DATASET, removal-DATASET; titles: {script: name in print}.
+    results: the folder of search-DATASET, models-DATASET, removal-DATASET.
     """
     text = readme.read_text(encoding="utf-8")
     if not BLOCK.search(text):
@@ -31,47 +31,43 @@ def write_answer(readme, results, titles):
 
     def replace(block):
         part, dataset, _ = block.groups()
-        return f"<!-- {part} {dataset} -->\n{answer(results, dataset, titles)[part]}<!-- end {part} -->"
+        return f"<!-- {part} {dataset} -->\n{answer(results, dataset)[part]}<!-- end {part} -->"
 
     write_file(readme, BLOCK.sub(replace, text))
     print(f"wrote {readme}")
 
 
-def answer(results, dataset, titles):
+def answer(results, dataset):
     """Markdown: {"answer": table, figure, the two questions; "results": the other questions, the studies}."""
-    studies = {s: group_rows(read_rows(results / f"{s}-{dataset}"), titles) for s in ("search", "models")}
-    if studies["search"].keys() - studies["models"].keys():
-        studies["models"] = {}  # some methods alone are no comparison
-    if studies["models"]:
-        picture, caption = f"models-{dataset}/cost.png", "k-NN against PFLOP"
-    else:
-        picture, caption = f"search-{dataset}/expected-best.png", "Expected best of n trials"
-    models = studies["models"]
-    removals = list_removals(best_removals(results, dataset, titles))
+    search, models = (group_rows(read_rows(results / f"{s}-{dataset}")) for s in ("search", "models"))
+    if search.keys() - models.keys() or not all(split_titles(models)):  # some methods alone are no comparison
+        return dict.fromkeys(("answer", "results"), UNTRAINED)
+    removals = list_removals(best_removals(results, dataset))
     first = {
         "Does CC give better features?": compare_models(models, main_measure(models)),
         "Which of DINO's mechanisms become unnecessary?": removals,
     }
-    others, elsewhere = {}, same_settings(results, dataset, models, titles)
+    others, elsewhere = {}, same_settings(results, dataset, models)
     for name, groups in elsewhere.items():
         measure = main_measure(groups)
         means = ", ".join(f"{title} {spreads(rows, [measure])[0]}" for title, rows in groups.items())
         text = f"{compare_models(groups, measure)} {measure[0].upper() + measure[1:]}: {means}."
         others[f"Are features better on {printed(name)}, with the same settings?"] = text
-    others["Is training more stable?"] = compare_collapse(studies["search"])
+    others["Is training more stable?"] = compare_collapse(search)
     if any("mIoU" in measures(row) for rows in models.values() for row in rows):
         others["Is segmentation better?"] = compare_models(models, "mIoU")
     attention = {name: read_attention(results / f"models-{name}") for name in (dataset, *elsewhere)}
     found = [f"{printed(name)}: {compare_attention(test)}" for name, test in attention.items() if test]
-    if models and found:
+    if found:
         found.append("(Jensen-Shannon divergence, permutation tests over runs.)")
         others["Do attention maps differ?"] = " ".join(found)
     folders = [folder for study in STUDIES for folder in folders_of(results, study, dataset)]
     links = [f"[{f.name.replace(f'-{dataset}', '')}](results/{f.name}/README.md)" for f in folders]
-    image = f'<img align="right" width="330" src="results/{picture}" alt="{caption}, {printed(dataset)}">'
+    picture = f'src="results/models-{dataset}/cost.png" alt="k-NN against PFLOP, {printed(dataset)}"'
+    parts = overview(search, models), f'<img align="right" width="330" {picture}>', legend(models, dataset)
     studied = wrap(f"{rule(models)}Studies: {', '.join(links)}; [all](results/README.md).")
     return {
-        "answer": "\n\n".join([overview(studies), image, *legend(models, dataset), bullets(first)]) + "\n",
+        "answer": "\n\n".join([*parts, bullets(first)]) + "\n",
         "results": "\n\n".join([bullets(others), studied]) + "\n",
     }
 
@@ -87,20 +83,20 @@ def folders_of(results, study, dataset):
     return [folder for folder in folders if (folder / "rows.jsonl").exists()]
 
 
-def best_removals(results, dataset, titles):
+def best_removals(results, dataset):
     """{method: its rows}, of each method the removal study with the most rows, then the largest budget."""
     found = {}
     for folder in folders_of(results, "removal", dataset):
-        for title, rows in group_rows(read_rows(folder), titles).items():
+        for title, rows in group_rows(read_rows(folder)).items():
             found.setdefault(title, []).append(rows)
 
     def size(rows):
         return len(rows), rows[0]["budget"]
 
-    return {title: max(found[title], key=size) for title in titles.values() if title in found}
+    return {title: max(rows, key=size) for title, rows in found.items()}
 
 
-def same_settings(results, dataset, models, titles):
+def same_settings(results, dataset, models):
     """{data set: its models study} of those with the methods and settings of `models`, so untuned there."""
 
     def settings(groups):
@@ -108,7 +104,7 @@ def same_settings(results, dataset, models, titles):
 
     prefix = "models-"
     names = {folder.name.removeprefix(prefix) for folder in results.glob(f"{prefix}*")} - {dataset}
-    studies = {name: group_rows(read_rows(results / f"{prefix}{name}"), titles) for name in sorted(names)}
+    studies = {name: group_rows(read_rows(results / f"{prefix}{name}")) for name in sorted(names)}
     return {name: rows for name, rows in studies.items() if rows and settings(rows) == settings(models)}
 
 
@@ -118,24 +114,19 @@ def wrap(text, indent=""):
 
 
 def legend(models, dataset):
-    """What the numbers of the models study mean: [a paragraph], [] without one."""
-    if not models:
-        return []
+    """What the numbers of the models study mean."""
     n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
     minutes = [row["seconds"] / 60 for rows in models.values() for row in rows]
-    text = (
+    return wrap(
         f"{printed(dataset)}, {n} fresh seed{'s' * (n > 1)} of each method's best setting, {budget:g} PFLOP "
         f"({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard deviation in %; "
         "differences in points, paired by seed, with Student's 95 % interval. Figure: k-NN on held-out "
         "training images."
     )
-    return [wrap(text)]
 
 
 def rule(models):
     """When an answer is yes or no, and whether there are enough seeds for that."""
-    if not models:
-        return ""
     n, (hybrids, singles) = min(map(len, models.values())), split_titles(models)
     too_few = len(hybrids) * len(singles) * 2 / 2**n > SIGNIFICANT
     impossible = f", impossible with {n} seed{'s' * (n > 1)}" * too_few
@@ -168,8 +159,6 @@ def split_titles(models):
 def compare_models(models, measure):
     """Each hybrid against each single loss: yes or no only where Holm's p over all of these is below 0.05."""
     hybrids, singles = split_titles(models)
-    if not (hybrids and singles):
-        return "Not answered yet: the best settings of the search have not been trained on fresh seeds."
     pairs = [(h, s) for h in hybrids for s in singles]
     found = {(h, s): paired(models[h], models[s], measure) for h, s in pairs}
     ps = dict(zip(pairs, holm([sign_flip_p(differences) for differences in found.values()]), strict=True))
@@ -268,22 +257,19 @@ def list_removals(removals):
     return f"Change in {METRIC} (points) when removed; {rule}. {' '.join(sentences)}"
 
 
-def overview(studies):
+def overview(search, models):
     """One row per method: its best setting with fresh seeds on the test set, and its random settings."""
-    search, models = studies["search"], studies["models"]
     measured = [measures(row) for rows in models.values() for row in rows]
     main, singles = main_measure(models), split_titles(models)[1]
     others = [name for name in ("test linear", "mIoU") if any(name in row for row in measured)]
-    columns = [main, *(f"vs {single}" for single in singles), *others] if models else []
+    columns = [main, *(f"vs {single}" for single in singles), *others]
     lines = []
-    for title in search | models:
-        trials, runs, line = search.get(title, []), models.get(title, []), [title]
-        if models:
-            pairs = [[] if title == single else paired(runs, models[single], main) for single in singles]
-            differences = [
-                "{} [{}]".format(*points(found)).replace(" to ", ", ") if found else "" for found in pairs
-            ]
-            line += [*spreads(runs, [main]), *differences, *spreads(runs, others)]
-        collapsed = sum(row["collapsed"] for row in trials)
-        lines.append([*line, f"{collapsed} of {len(trials)}" if trials else ""])
+    for title, runs in models.items():
+        trials = search.get(title, [])
+        pairs = [[] if title == single else paired(runs, models[single], main) for single in singles]
+        differences = [
+            "{} [{}]".format(*points(found)).replace(" to ", ", ") if found else "" for found in pairs
+        ]
+        collapsed = f"{sum(row['collapsed'] for row in trials)} of {len(trials)}" if trials else ""
+        lines.append([title, *spreads(runs, [main]), *differences, *spreads(runs, others), collapsed])
     return table(["method", *columns, "collapsed in search"], lines)

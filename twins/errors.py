@@ -1,6 +1,6 @@
 """User mistakes, reported in one sentence, and bugs, reported by a traceback."""
 
-import linecache
+import traceback
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,12 +25,7 @@ def close_bars():
 
 def is_sentence(error, trace):
     """True for a UserError, and for a ValueError that a file beside the scripts raises, such as vit.py."""
-    if isinstance(error, UserError):
-        return True
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    if type(error) is not ValueError or not trace:
-        return False
-    file = trace.tb_frame.f_code.co_filename
-    raised = linecache.getline(file, trace.tb_lineno).strip().startswith("raise ")  # else a fork's bug
-    return raised and Path(file).resolve().parent == ROOT
+    if type(error) is ValueError and trace:
+        last = traceback.extract_tb(trace)[-1]
+        return last.line.startswith("raise ") and Path(last.filename).resolve().parent == ROOT  # else a bug
+    return isinstance(error, UserError)

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from twins.decoding import locked
 from twins.errors import ROOT, UserError, first_line
 
 CHECKPOINT = {"script": str, "step": int, "seconds": float, "config": dict, "backbone": dict}
@@ -54,6 +55,16 @@ def make_folder(path):
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from None
     return path
+
+
+@contextlib.contextmanager
+def only_writer(folder, hint="give another --out_dir"):
+    """Makes a folder and keeps other runs and studies out of it. Raises UserError if one is in it."""
+    try:
+        with locked(make_folder(folder), wait=False):
+            yield
+    except BlockingIOError:
+        raise UserError(f"another process is writing into {folder}: {hint}") from None
 
 
 def read_json(path):
@@ -114,21 +125,17 @@ def git_state():
 def load_pickle(path, device="cpu"):
     """A dict written by torch.save; checksums are verified, no code runs. Raises UserError otherwise."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch.load does not verify checksums
-                broken = archive.testzip()
-            if broken:
-                raise UserError(f"{path} is damaged (bad checksum in {broken})")
         with torch.serialization.safe_globals([argparse.Namespace, *PATHS]):  # DINO's arguments
             saved = torch.load(path, map_location=device, weights_only=True)
-    except UserError:
-        raise
+        broken = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # torch verifies no checksum
     except Exception as error:  # torch and zipfile raise many kinds
         code = re.search(r"GLOBAL (\S+) was not", str(error))
         if code:
             raise UserError(f"{path} is not loaded: it needs {code[1]}, and files may not run code") from None
         reason = "torch.save did not write it" if "Weights only" in str(error) else first_line(error)[:80]
         raise UserError(f"{path} is not a complete checkpoint ({reason})") from None
+    if broken:
+        raise UserError(f"{path} is damaged (bad checksum in {broken})")
     if not isinstance(saved, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(saved).__name__}")
     return saved

@@ -18,12 +18,12 @@ def default_slots():
     return torch.cuda.device_count() or os.cpu_count()
 
 
-def run_jobs(jobs, slots, finish):
+def run_jobs(jobs, slots):
     """Runs (name, log, commands) jobs, `slots` at once; returns ({name: why it failed}, was it stopped).
 
-    commands: a generator that yields Python's arguments, is sent each exit code, and returns a result for
-    finish(name, result). An exception in one of the two is that job's failure. Output of the commands is
-    appended to the file `log`. After Ctrl-C or SIGTERM all processes get SIGTERM and are waited for.
+    commands: a generator that yields Python's arguments and is sent each exit code; an exception in it is
+    that job's failure. Output of the commands is appended to the file `log`. After Ctrl-C or SIGTERM all
+    processes get SIGTERM and are waited for.
     """
     stopped, failures, running = [], {}, {}
     waiting, free = list(jobs), list(range(slots))
@@ -36,11 +36,10 @@ def run_jobs(jobs, slots, finish):
     def advance(slot, job, code=None):
         name, log, commands = job
         try:
-            try:
-                running[start(commands.send(code), log, slot, slots)] = slot, job
-                return
-            except StopIteration as end:
-                finish(name, end.value)
+            running[start(commands.send(code), log, slot, slots)] = slot, job
+            return
+        except StopIteration:
+            pass
         except Exception as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             failures[name] = f"{kind}{error}"

@@ -42,12 +42,10 @@ def read_options(path):
     """{name: Option} of a script: its top-level assignments of a constant to a lower-case name."""
     source, options = Path(path).read_text(encoding="utf-8-sig"), {}
     for node in ast.parse(source).body:
-        name = (
-            node.targets[0].id
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-            else ""
-        )
-        if name[:1] == "_" or not name.islower() or name == "help":
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            continue
+        name = node.targets[0].id
+        if name[0] == "_" or not name.islower() or name == "help":
             continue
         try:
             default = ast.literal_eval(node.value)
@@ -155,7 +153,6 @@ def parse(script, argv=None, presets=()):
         protect_output()
     options = read_options(script["__file__"])
     parser = Parser(description=script["__doc__"] or "", allow_abbrev=False, add_help=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for name in options:
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
     parser.add_argument("--help", "-h", action="store_true", default=argparse.SUPPRESS)

@@ -54,29 +54,26 @@ def excepthook(kind, error, trace):
     """Stands in for sys.excepthook while a script runs."""
     close_bars()
     number = int(os.environ["RANK"]) if under_torchrun() else 0
+    reason, said = first_line(error), ""
     if is_sentence(error, trace):
         if number:  # if rank 0 prints the same sentence, torchrun ends this process meanwhile
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        print(f"error on rank {number}: {error}" if number else f"error: {error}", file=sys.stderr)
+        said = f"error on rank {number}: {error}" if number else f"error: {error}"
     elif rank_was_lost(error):
-        print(
-            f"error: rank {number} stops, another process of this run ended or hangs ({first_line(error)}); "
-            "ckpt.pt is unchanged since the last save, continue with --resume=True",
-            file=sys.stderr,
-        )
+        said = f"error: rank {number} stops, another process of this run ended or hangs ({reason}); "
+        said += "ckpt.pt is unchanged since the last save, continue with --resume=True"
     elif memory_is_full(error):
-        print(
-            f"error: {first_line(error)}; what was saved before is unchanged; "
-            "a smaller network, smaller images or a smaller --batch_size needs less memory",
-            file=sys.stderr,
-        )
+        said = f"error: {reason}; what was saved before is unchanged; "
+        said += "a smaller network, smaller images or a smaller --batch_size needs less memory"
     elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
-        print(f"error: torch.compile fails here ({first_line(error)}): use --compile=False", file=sys.stderr)
+        said = f"error: torch.compile fails here ({reason}): use --compile=False"
     elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
-        print(f"error: {error.filename} cannot be used ({error.strerror})", file=sys.stderr)
+        said = f"error: {error.filename} cannot be used ({error.strerror})"
     elif issubclass(kind, KeyboardInterrupt):
-        print("stopped; what was saved before is unchanged", file=sys.stderr)
+        said = "stopped; what was saved before is unchanged"
+    if said:
+        print(said, file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
     if dist.is_initialized():  # gloo's threads would abort Python at exit, and leaving the group would block

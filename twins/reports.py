@@ -10,7 +10,7 @@ from twins.files import read_json, write_file
 from twins.permutation import sentence
 from twins.pictures import printed
 from twins.statistics import expected_best, holm, sign_flip_p, t_interval, verdict, wilson_interval
-from twins.studies import best_trial, group_rows, learned, measures, pair_with_full, paired, read_rows
+from twins.studies import group_rows, learned, measures, pair_with_full, paired, read_rows, sorted_trials
 from twins.study_pictures import METRIC, best_figure, cost_figure, differences_figure
 
 PROTOCOL = {
@@ -28,12 +28,12 @@ PROTOCOL = {
 }
 
 
-def write_report(folder, study, titles):
-    """Writes README.md and figures. titles: {script: name in print}, in the order of the tables."""
+def write_report(folder, study):
+    """Writes README.md and figures."""
     rows = read_rows(folder)
     if not rows:
         raise UserError(f"{folder} holds no finished run: there is nothing to report")
-    for name, content in report_study(rows, study, titles, read_attention(folder)).items():
+    for name, content in report_study(rows, study, read_attention(folder)).items():
         write_file(Path(folder) / name, content)
     print(f"wrote {folder}/README.md", flush=True)
 
@@ -45,15 +45,9 @@ def read_attention(folder):
     return found if found.get("tests") else {}
 
 
-def attention_sentence(attention):
-    """The test of all methods' attention maps in words."""
-    test = attention["tests"][0]
-    return sentence(test, [printed(name) for name in test["groups"]])
-
-
-def report_study(rows, study, titles, attention=None):
+def report_study(rows, study, attention=None):
     """{file name: content} of the README.md and figures of a study's rows and read_attention()."""
-    groups = group_rows(rows, titles)
+    groups = group_rows(rows)
     if study == "search" and any(row["label"] != "trial" for row in rows):
         study = "second round"
     text = [f"# {study.capitalize()}: {len(rows)} runs", PROTOCOL[study], provenance(rows)]
@@ -61,11 +55,12 @@ def report_study(rows, study, titles, attention=None):
     tables, figures = reports.get(study, report_second_round)(groups)
     if study in ("models", "removal") and not any(row["setting"] for row in rows if row["label"] == "full"):
         text.append("There was no search: the settings are those of the presets.")
-    text += [part for part in tables if part]
+    text += tables
     text += [f"![{name}]({name})" for name in figures]
     if attention:
-        pictures = ("attention.png", "divergence.png")
-        text += [attention_sentence(attention), *(f"![{name}]({name})" for name in pictures)]
+        test = attention["tests"][0]  # of all methods
+        text.append(sentence(test, [printed(name) for name in test["groups"]]))
+        text += [f"![{name}]({name})" for name in ("attention.png", "divergence.png")]
     text.append("Each run's command, commit, device and curve: `rows.jsonl`.")
     return {"README.md": "\n\n".join(text) + "\n", **figures}
 
@@ -153,11 +148,10 @@ def report_second_round(groups):
 
 def best_settings(groups):
     """A list of the settings of best_trial(), as options, of the methods that have one."""
-    best = {title: best_trial(rows) for title, rows in groups.items()}
     lines = [
         f"- {title}: `{' '.join(f'--{name}={value}' for name, value in row['setting'].items())}`"
-        for title, row in best.items()
-        if row
+        for title, rows in groups.items()
+        for row in sorted_trials(rows)[:1]
     ]
     return ["Best settings:", "\n".join(lines)] if lines else []
 
@@ -182,13 +176,10 @@ def report_models(groups):
     columns += ["collapsed (95 %)", "RankMe (untrained)"]
     tables, panels = [table([*columns, *names], lines)], {}
     for name in names:
-        panels[name] = {}
-        for first, second in combinations(groups, 2):
-            found = paired(groups[second], groups[first], name)
-            if found:
-                panels[name][f"{second} - {first}"] = found
-        tables.append(differences_table(name, panels[name]))
-    panels = {name: panel for name, panel in panels.items() if panel}
+        pairs = {f"{b} - {a}": paired(groups[b], groups[a], name) for a, b in combinations(groups, 2)}
+        if panel := {label: found for label, found in pairs.items() if found}:
+            panels[name] = panel
+            tables.append(differences_table(name, panel))
     figures = {"cost.png": cost_figure(groups)}
     if panels:
         figures["differences.png"] = differences_figure(panels)
@@ -198,18 +189,17 @@ def report_models(groups):
 def report_removal(groups):
     tables, panels = [], {}
     for title, rows in groups.items():
-        runs, panels[title] = pair_with_full(rows)
+        runs, panel = pair_with_full(rows)
         now, random = (percent([row[name] for row in runs["full"]]) for name in ("knn", "knn_init"))
         tables.append(f"{title}: {METRIC} {now} with nothing removed, {random} with random weights.")
-        tables.append(differences_table(title, panels[title], runs))
-    panels = {title: panel for title, panel in panels.items() if panel}
+        if panel:
+            panels[title] = panel
+            tables.append(differences_table(title, panel, runs))
     return tables, {"removal.png": differences_figure(panels, -0.02)} if panels else {}
 
 
 def differences_table(name, panel, runs=None):
     """Mean, interval and p of paired differences; given each label's runs, collapse and verdict too."""
-    if not panel:
-        return ""
     ps, lines = [sign_flip_p(found) for found in panel.values()], []
     for (label, found), p, corrected in zip(panel.items(), ps, holm(ps), strict=True):
         line = [label, len(found), *points(found), f"{p:.3f}", f"{corrected:.3f}"]

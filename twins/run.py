@@ -20,9 +20,8 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from twins.backbones import name_in
-from twins.decoding import locked
 from twins.errors import UserError, first_line
-from twins.files import check_state, git_state, load_checkpoint, make_folder, read_log, write_file
+from twins.files import check_state, git_state, load_checkpoint, only_writer, read_log, write_file
 from twins.keys import refuse_run
 from twins.loggers import start_logger
 from twins.monitor import collapse, not_finite
@@ -84,11 +83,8 @@ class Run:
 
     def take_folder(self, held):
         """Keeps other runs out of the folder until this one ends."""
-        try:
-            held.enter_context(locked(make_folder(self.dir), wait=False))
-        except BlockingIOError:
-            hint = "give another --out_dir; to share a run, start its processes with torchrun"
-            raise UserError(f"another process is writing into {self.dir}: {hint}") from None
+        hint = "give another --out_dir; to share a run, start its processes with torchrun"
+        held.enter_context(only_writer(self.dir, hint))
         if not self.config["resume"]:
             refuse_run(self.dir)  # again: another run may have ended there meanwhile
 

@@ -32,17 +32,14 @@ MECHANISMS = {  # {name: ({option: value without it}, {option: value with it})};
 
 @functools.cache
 def read_script(path, presets):
-    """(name in print, {option: value under these presets}) of a training script.
-
-    The name is the docstring up to its colon. Raises UserError if it is not a training script.
-    """
+    """{option: value under these presets} of a training script. Raises UserError if it is not one."""
     names = runpy.run_path(str(path), run_name="study") if Path(path).exists() else {}
     if "PRESETS" not in names:
         raise UserError(f"there is no training script {path}")
     options = {name: option.default for name, option in read_options(path).items()}
     for name in presets:
         options.update(names["PRESETS"].get(name, {}))
-    return (names["__doc__"] or Path(path).stem).partition(":")[0], options  # python -OO has no docstrings
+    return options
 
 
 def draw_setting(space, seed, trial, options):

@@ -1,6 +1,6 @@
 """What a step of a training script costs: seconds, floating-point operations, memory.
 
-    python twins/stopwatch.py result.json 2 3 "" data.multi_crop dino.py --dataset=shapes
+    python twins/stopwatch.py result.json 2 3 "" dino.py --dataset=shapes
 
 runs dino.py in a temporary folder, 2 steps to warm up and 3 that count, and writes result.json: {first:
 seconds until the first step was done, seconds: of a step, views: share of it that data.multi_crop takes,
@@ -119,15 +119,11 @@ class Stopwatch:
         return {name: spent / total for name, spent in longest}
 
 
-def measure(warmup, steps, trace, views, script):
-    """Runs a training script, whose options are in sys.argv, until it is measured; returns the result.
-
-    views: the name, such as data.multi_crop, of the function that the script imports to make views.
-    """
-    module_name, _, function = views.rpartition(".")
-    module = importlib.import_module(module_name)
-    watch = Stopwatch(warmup, steps, trace, getattr(module, function))
-    setattr(module, function, watch.views)
+def measure(warmup, steps, trace, script):
+    """Runs a training script, whose options are in sys.argv, until it is measured; returns the result."""
+    data = importlib.import_module("data")  # by name: twins/ imports nothing above it
+    watch = Stopwatch(warmup, steps, trace, data.multi_crop)
+    data.multi_crop = watch.views
     Run.update = lambda run: watch.step(run)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.suppress(Measured):
         runpy.run_path(script, run_name="__main__")
@@ -135,9 +131,9 @@ def measure(warmup, steps, trace, views, script):
 
 
 if __name__ == "__main__":
-    file, warmup_steps, counted_steps, trace_file, views_function, training_script, *options = sys.argv[1:]
+    file, warmup_steps, counted_steps, trace_file, training_script, *options = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [training_script, *options, f"--out_dir={folder}"]
         counts = int(warmup_steps), int(counted_steps)
-        measured = measure(*counts, trace_file, views_function, training_script)
+        measured = measure(*counts, trace_file, training_script)
     write_file(Path(file), json.dumps(measured))

@@ -1,13 +1,12 @@
 """A study's rows, one per finished run: written, read, grouped, paired."""
 
-import contextlib
 import json
 from pathlib import Path
 
-from twins.decoding import locked
 from twins.errors import UserError
-from twins.files import make_folder, read_json, read_log, read_row, write_file
+from twins.files import read_json, read_log, read_row, write_file
 from twins.monitor import COLLAPSED_RANK
+from twins.pictures import NAMES, printed
 from twins.settings import MECHANISMS
 from twins.study_pictures import METRIC
 
@@ -37,16 +36,6 @@ def read_rows(folder):
 def write_rows(folder, rows):
     """Rewrites all rows, so a kill never leaves half a row."""
     write_file(Path(folder) / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
-@contextlib.contextmanager
-def only_writer(folder):
-    """Keeps other studies out of a results folder, which it makes."""
-    try:
-        with locked(make_folder(folder), wait=False):
-            yield
-    except BlockingIOError:
-        raise UserError(f"another study is writing into {folder}: give another --out_dir") from None
 
 
 def unfinished(cells, folder, name_of):
@@ -89,17 +78,12 @@ def sorted_trials(rows):
     return sorted((row for row in rows if not row["collapsed"]), key=lambda row: -row["knn"])
 
 
-def best_trial(rows):
-    """The first of sorted_trials(), None if there is none."""
-    return next(iter(sorted_trials(rows)), None)
-
-
 def best_setting(rows, script):
-    """The setting of a script's best_trial(). Raises UserError if there is none."""
-    best = best_trial([row for row in rows if row["script"] == script])
-    if best is None:
+    """The setting of a script's sorted_trials(). Raises UserError if there is none."""
+    best = list(finalists(rows, script, 1).values())
+    if not best:
         raise UserError(f"the search has no trial of {script} without collapse: leave it out of --scripts")
-    return best["setting"]
+    return best[0]
 
 
 def finalists(rows, script, n):
@@ -108,10 +92,12 @@ def finalists(rows, script, n):
     return {f"trial {row['seed']}": row["setting"] for row in best}
 
 
-def group_rows(rows, titles):
-    """{name in print: its rows}, of the scripts in titles {script: name in print} that have any."""
-    groups = {title: [row for row in rows if row["script"] == script] for script, title in titles.items()}
-    return {title: group for title, group in groups.items() if group}
+def group_rows(rows):
+    """{name in print: rows of this script}, in the order of NAMES, others last."""
+    groups = {script: [] for script in NAMES}
+    for row in rows:
+        groups.setdefault(row["script"], []).append(row)
+    return {printed(script): group for script, group in groups.items() if group}
 
 
 def measures(row):
