@@ -28,7 +28,7 @@ from twins.errors import UserError
 from twins.files import git_state, sha256, write_file
 from twins.finetune import finetune as fine_tune
 from twins.probes import balanced, evaluate
-from twins.processes import gather, rank, setup, shard
+from twins.processes import gather, rank, setup, shard, to_float32
 from vit import ViT, check_size
 
 ckpt = ""  # what to evaluate: a run's folder or ckpt.pt, an export folder, a file of weights, or random
@@ -58,9 +58,9 @@ PRESETS = {
 
 @torch.no_grad()
 def extract(backbone, x, autocast):
-    """Normalised images [b 3 s s] -> {protocol: features float32 [b d]} of the linear protocols."""
+    """Normalised images [b 3 s s] -> {protocol: features [b d]} of the linear protocols."""
     with autocast:
-        layers = [layer.float() for layer in backbone.layers(x, last=4)]
+        layers = [to_float32(layer) for layer in backbone.layers(x, last=4)]
     cls = [layer[:, 0] for layer in layers]
     mean_patch = layers[-1][:, backbone.num_prefix_tokens :].mean(1)
     return {

@@ -35,7 +35,7 @@ from twins.errors import UserError
 from twins.evaluation_pictures import segmentation_picture
 from twins.files import git_state, write_file
 from twins.masks import load_masks
-from twins.processes import gather, rank, seed_step, setup, shard
+from twins.processes import gather, rank, seed_step, setup, shard, to_float32
 from twins.segmentation import PIXELS, Finetuned, Head, best_of_grid, patch_tokens, score
 from vit import ViT, check_size
 
@@ -70,7 +70,7 @@ def cached_tokens(backbone, images, device, autocast, what):
     for chunk in images.split(250):
         bar.update(len(chunk))
         with autocast:
-            chunks.append(patch_tokens(backbone, chunk.to(device)).float().cpu())
+            chunks.append(to_float32(patch_tokens(backbone, chunk.to(device))).cpu())
     return gather(torch.cat(chunks))
 
 
@@ -86,7 +86,7 @@ def train(build, inputs, masks, lr, device, autocast, progress):
         with autocast:
             scores = model(inputs[batch].to(device))
         truth = masks[batch].to(device).long()
-        loss = F.cross_entropy(scores.float(), truth, ignore_index=-1, reduction="sum")
+        loss = F.cross_entropy(to_float32(scores), truth, ignore_index=-1, reduction="sum")
         loss = loss / (truth >= 0).sum().clamp(min=1)
         optimizer.zero_grad()
         loss.backward()

@@ -35,3 +35,15 @@ def test_a_run_in_float64_never_leaves_it(train, tmp_path, script):
     assert {weight.dtype for weight in weights.values()} == {torch.float64}
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2] and all(0 <= rows[i]["knn"] <= 1 for i in (0, -1))
+
+
+@pytest.mark.parametrize("script", ["eval_linear", "attn_viz", "seg_transfer"])
+def test_evaluations_run_in_float64(script, command):
+    network = {"ckpt": "random", "dataset": "shapes", "dim": 12, "depth": 1, "heads": 2}
+    few = {
+        "eval_linear": {"label_fraction": 0.02},
+        "attn_viz": {"n_images": 5},
+        "seg_transfer": {"max_steps": 2},
+    }
+    done = command(f"{script}.py", **network, **few[script], dtype="float64")
+    assert done.returncode == 0 and "device cpu, float64" in done.stdout, done.stderr

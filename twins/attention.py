@@ -12,7 +12,7 @@ from einops import rearrange
 
 from twins.datasets import from_bytes, normalise
 from twins.errors import UserError
-from twins.processes import gather, shard
+from twins.processes import gather, shard, to_float32
 
 CHUNK = 2**24  # attention weights computed at a time, 64 MiB
 NEAR_UNIFORM = 0.1  # bits: in a flatter map, noise decides which patches are largest
@@ -34,7 +34,7 @@ def attend(backbone, images, device, autocast, block=-1):
     for chunk in shard(images).split(max(CHUNK // (heads * (side**2 + prefix) ** 2), 1)):
         with autocast:
             attention = backbone.attention(normalise(from_bytes(chunk.to(device))), block)
-        attention = attention[..., prefix:].float()
+        attention = to_float32(attention[..., prefix:])
         attention = attention / attention.sum(-1, keepdim=True)
         maps.append(attention[:, :, 0].cpu())
         total += ((attention[:, :, prefix:] * distances).sum((0, 2, 3)) / side**2).cpu()

@@ -41,7 +41,7 @@ def knn(bank, bank_labels, queries, k=20, temperature=0.07):
     bank, votes = F.normalize(bank, dim=1), []
     for chunk in F.normalize(queries, dim=1).split(1000):
         similar, nearest = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
-        empty = torch.zeros(len(chunk), int(bank_labels.max()) + 1, device=bank.device)
+        empty = similar.new_zeros(len(chunk), int(bank_labels.max()) + 1)
         votes.append(empty.scatter_add_(1, bank_labels[nearest], (similar / temperature).exp()))
     return torch.cat(votes)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from twins.datasets import from_bytes, normalise
 from twins.errors import UserError
+from twins.processes import to_float32
 
 PIXELS = 2**25  # scores computed at a time when nothing is learned
 
@@ -25,7 +26,9 @@ class Head(nn.Module):
         self.norm, self.conv, self.size = nn.BatchNorm2d(dim), nn.Conv2d(dim, classes, 1), size
 
     def forward(self, x):
-        return F.interpolate(self.conv(self.norm(x.float())), size=(self.size, self.size), mode="bilinear")
+        return F.interpolate(
+            self.conv(self.norm(to_float32(x))), size=(self.size, self.size), mode="bilinear"
+        )
 
 
 class Finetuned(nn.Module):
