@@ -1,10 +1,12 @@
 """Studies: which settings learn, which method learns best, which mechanisms can go. Runs the real scripts.
 
-    python ablate.py --study=search --dataset=cifar10 --trials=16   random settings, the same number for all
-    python ablate.py --study=models --dataset=cifar10 --seeds=8     the best of each on fresh seeds, test set
-    python ablate.py --study=removal --dataset=cifar10 --seeds=8    each mechanism off alone, and all of them
-    python ablate.py --study=... --dry_run=True                     what it would run, and how long that takes
-    python ablate.py --study=... --report=True                      tables, figures, README from the rows
+    python ablate.py --study=search --dataset=stl10 --trials=16   random settings, the same number for all
+    python ablate.py --study=models --dataset=stl10 --seeds=8     the best of each on fresh seeds, test set
+    python ablate.py --study=removal --dataset=stl10 --seeds=8    each mechanism off alone, and all of them
+    python ablate.py --study=... --dry_run=True                   what it would run, and how long that takes
+    python ablate.py --study=... --report=True                    tables, figures, README from the rows
+
+Rows go to results/<study>-<dataset>; for CIFAR the recorded ones are there, so give another --out_dir.
 
 All runs of a study use the same number of floating-point operations: steps = pflop / count per step. A
 search's second round (successive halving) trains its best settings again, and one by hand, for longer:
@@ -148,7 +150,7 @@ def cost_command(cell, file):
 def run_cell(cell):
     """Yields the commands of a cell, is sent their exit codes, returns its row. UserError if one fails."""
     out, script = run_folder(cell), ROOT / f"{cell['script']}.py"
-    cost_file, log = out.with_suffix(".json"), out.with_suffix(".txt")
+    cost_file, log = Path(f"{out}.json"), Path(f"{out}.txt")
     if not cost_file.exists():
         check((yield cost_command(cell, cost_file)), log)
     cost = read_json(cost_file)
@@ -197,10 +199,13 @@ def say_plan(cells, slots):
 
 
 def compare_attention():
-    """attn_viz.py on all runs of the models study, a group for each script."""
+    """attn_viz.py on the runs of the models study whose checkpoints are here, a group for each script."""
     groups = {}
     for row in read_rows(out_dir):
-        groups.setdefault(row["script"], []).append(str(run_folder(row) / "ckpt.pt"))
+        if (path := run_folder(row) / "ckpt.pt").exists():
+            groups.setdefault(row["script"], []).append(str(path))
+    if not groups:
+        return print(f"attention maps are not compared: {runs_dir} holds no checkpoint")
     text = ",".join(f"{script}={':'.join(paths)}" for script, paths in groups.items())
     words = [f"--ckpt={text}", f"--out_dir={out_dir}", f"--device={device}"]
     if subprocess.run([sys.executable, ROOT / "attn_viz.py", *words]).returncode:
@@ -219,11 +224,11 @@ if __name__ == "__main__":
         sys.exit(write_answer(ROOT / "README.md", ROOT / "results"))
     cells, slots = make_cells(), jobs or default_slots()
     with only_writer(out_dir):
-        todo = unfinished(cells, out_dir, name_of)
+        todo = unfinished(cells, study, out_dir, name_of)
         print(f"{out_dir}: {len(cells) - len(todo)} of {len(cells)} runs are finished", flush=True)
         if dry_run:
             sys.exit(say_plan(todo, slots))
-        work = [(name_of(cell), run_folder(cell).with_suffix(".txt"), run_cell(cell)) for cell in todo]
+        work = [(name_of(cell), Path(f"{run_folder(cell)}.txt"), run_cell(cell)) for cell in todo]
         failures, stopped = run_jobs(work, slots)
         if read_rows(out_dir):
             write_report(out_dir, study)
@@ -231,6 +236,6 @@ if __name__ == "__main__":
         sys.exit("stopped; the same command continues")
     if failures:
         sys.exit("failed:\n" + "\n".join(f"{name}: {why}" for name, why in failures.items()))
-    if study == "models" and todo:
+    if study == "models" and (todo or not (out_dir / "attention.json").exists()):
         compare_attention()
         write_report(out_dir, study)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from twins.answer import BLOCK, answer, compare_models, write_answer
 from twins.errors import UserError
 from twins.files import write_file
 from twins.jobs import run_jobs
-from twins.reports import read_attention, report_study
+from twins.reports import read_attention, report_study, write_report
 from twins.settings import draw_setting, read_script, removals, toggle
 from twins.statistics import t_interval
 from twins.studies import best_setting, paired, read_rows, run_results, unfinished, write_rows
@@ -65,6 +66,8 @@ def test_every_mechanism_can_be_toggled_twice(script):
     assert all(settings[label] == setting for label, setting in some.items())  # so rows fit in either study
     with pytest.raises(UserError, match="ema is no mechanism: choose from centering, sharpening"):
         removals(ablate.MECHANISMS, {}, options, "ema")
+    fork = {name: value for name, value in options.items() if name not in ("head_bn", "center_momentum")}
+    assert len(removals(ablate.MECHANISMS, {}, fork)) == len(settings) - 1  # without a mechanism
     for mechanism in ablate.MECHANISMS.values():
         assert toggle(mechanism, settings["all off"], options)[1] == "on"
 
@@ -123,7 +126,20 @@ def test_a_broken_row_is_one_sentence(tmp_path, line):
         read_rows(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"knn": math.nan}, {"curve": []}, {"curve": [[1]]}, {"test": 1}, {}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"knn": math.nan},
+        {"curve": []},
+        {"curve": [[1]]},
+        {"curve": [["a", "b"]]},
+        {"test": 1},
+        {"test": {"test knn": None}},
+        {"pflop": "1"},
+        {"rank": math.inf},
+        {},
+    ],
+)
 def test_odd_and_repeated_rows_are_one_sentence(tmp_path, change):
     rows = [row("dino", "full", 0, 0.3)]
     write_rows(tmp_path, [*rows, {**rows[0], **change}])
@@ -140,10 +156,25 @@ def test_a_misspelt_search_is_refused(monkeypatch):
 
 
 def test_rows_of_another_study_are_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="trial: not rows of a removal study"):
-        report_study([row("dino", "trial", 0, 0.3)], "removal")
+    for label, test, study in (
+        ("trial", {}, "removal"),
+        ("trial", {}, "models"),
+        ("full", {}, "search"),
+        ("full", {"test": {"test knn": 0.5}}, "removal"),
+    ):
+        write_rows(tmp_path, [row("dino", label, 0, 0.3, **test)])
+        with pytest.raises(UserError, match=rf"holds dino {label}: not a {study} study's row"):
+            write_report(tmp_path, study)
+        assert not (tmp_path / "README.md").exists()
+    write_rows(tmp_path, [row("dino", "full", 0, 0.3), row("dino", "full", 1, 0.3, budget=0.2)])
+    with pytest.raises(UserError, match=r"runs of 0.1 and 0.2 PFLOP: give another --out_dir"):
+        unfinished([], "models", tmp_path, ablate.name_of)
     write_file(tmp_path / "attention.json", '{"tests": []}')
     assert read_attention(tmp_path) == {}
+    for tests in ("5", "[{}]", '[{"groups": ["a"]}]', '{"a": 1}'):
+        write_file(tmp_path / "attention.json", f'{{"tests": {tests}}}')
+        with pytest.raises(UserError, match=r"attention.json is broken: remove it"):
+            read_attention(tmp_path)
 
 
 def paths():
@@ -243,9 +274,9 @@ def test_without_a_pair_of_seeds_there_is_no_answer():
 def test_rows_of_other_options_are_refused(tmp_path):
     write_rows(tmp_path, [row("dino", "full", 1, 0.4)])
     cells = [row("dino", "full", 1, 0.4), row("dino", "full", 2, 0.4)]
-    assert unfinished(cells, tmp_path, ablate.name_of) == cells[1:]
+    assert unfinished(cells, "models", tmp_path, ablate.name_of) == cells[1:]
     with pytest.raises(UserError, match="dino-full-1 with other options"):
-        unfinished([{**cells[0], "id": "1"}], tmp_path, ablate.name_of)
+        unfinished([{**cells[0], "id": "1"}], "models", tmp_path, ablate.name_of)
 
 
 def test_rows_of_other_images_are_of_other_options(monkeypatch):
@@ -256,6 +287,25 @@ def test_rows_of_other_images_are_of_other_options(monkeypatch):
         monkeypatch.setattr(ablate, "data_dir", data_dir)
         ids.update(cell["id"] for cell in ablate.make_cells())
     assert len(ids) == 2 * 4 * ablate.seeds
+
+
+def test_files_beside_a_run_have_its_whole_name(monkeypatch):
+    cell = {"script": "dino.v2", "label": "trial", "seed": 0, "setting": {}, "budget": 1.0, "id": "abc"}
+    _, file, *_ = next(ablate.run_cell(cell))
+    assert file.name == "dino.v2-trial-0-abc.json"
+
+
+def test_attention_is_compared_of_the_checkpoints_that_are_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "out_dir", tmp_path)
+    monkeypatch.setattr(ablate, "runs_dir", tmp_path)
+    write_rows(tmp_path, [row(script, "full", 0, 0.3) for script in ("dino", "barlow")])
+    ablate.compare_attention()
+    assert "attention maps are not compared" in capsys.readouterr().out
+    commands, done = [], SimpleNamespace(returncode=0)
+    monkeypatch.setattr(ablate.subprocess, "run", lambda words: commands.append(words) or done)
+    write_file(tmp_path / "dino-full-0-0" / "ckpt.pt", "")
+    ablate.compare_attention()
+    assert commands[0][2] == f"--ckpt=dino={tmp_path}/dino-full-0-0/ckpt.pt"
 
 
 def test_a_killed_study_continues_and_a_failing_run_costs_itself_alone(tmp_path, monkeypatch):

@@ -115,6 +115,33 @@ def test_a_failed_save_is_said_at_every_save_and_ends_the_run_in_one_sentence(
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before and not list(tmp_path.rglob("*.part"))
 
 
+def test_a_run_that_could_not_save_can_be_started_again(small, full_disk, tmp_path):
+    folder = tmp_path / "run"
+    full_disk("ckpt.pt")
+    r = small()
+    steps(r, 0)
+    with pytest.raises(UserError, match="its last save failed"):
+        r.finish()
+    full_disk()
+    steps(small(), 0)  # the same command
+    for name, left in (("ckpt.pt", "export"), ("export", "curves.png")):
+        shutil.rmtree(folder / name) if name == "export" else (folder / name).unlink()
+        with pytest.raises(
+            UserError, match=rf"holds a run's {left}, but no ckpt.pt to continue: give another"
+        ):
+            small()
+        with pytest.raises(UserError, match=r"ckpt.pt does not exist"):
+            small(resume=True)
+
+
+def test_a_run_beyond_its_new_end_is_not_resumed(small):
+    r = small()
+    steps(r, 0, 1, 2)
+    r.finish()
+    with pytest.raises(UserError, match=r"ckpt.pt is at step 3, beyond the new end, step 2"):
+        small(resume=True, steps=2)
+
+
 def test_the_checkpoint_before_gives_way_on_a_disk_with_room_for_two(small, monkeypatch, tmp_path):
     """Two checkpoints and what is being written would be three."""
     folder = tmp_path / "run"
@@ -413,6 +440,8 @@ def test_other_data_are_said(small, capsys):
 def test_more_steps_are_a_jump_of_the_learning_rate(configure, folder, capsys):
     configure(folder, "--max_steps=3")
     assert "jumps" not in capsys.readouterr().out
+    configure(folder, "--batch_size=32")  # of `epochs`, fewer steps
+    assert "jumps" in capsys.readouterr().out
     assert configure(folder, "--max_steps=30")["max_steps"] == 30
     said = capsys.readouterr().out
     assert (

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,6 +306,20 @@ def test_a_killed_cache_goes_on_where_it_was(tmp_path):
         images[:, 2, 63, 63].long(), expected
     )
     assert not list((root / ".cache").glob("*.part"))
+
+
+@pytest.mark.parametrize("rubbish", [b"", bytes(200), None])
+def test_a_damaged_beginning_of_a_cache_is_made_anew(tmp_path, rubbish):
+    root = many(tmp_path, 5)
+    expected = load("folder", root, 8).images.clone()
+    (file,) = (root / ".cache").glob("*.npy")
+    part = Path(f"{file}.part")
+    if rubbish is None:
+        np.save(part.with_suffix(""), np.zeros((5, 3, 4, 4), np.uint8))  # of another size
+    file.rename(part) if rubbish is None else part.write_bytes(rubbish)
+    file.unlink(missing_ok=True)
+    file.with_suffix(".flags").write_bytes(bytes(5))
+    assert torch.equal(load("folder", root, 8).images, expected) and not part.exists()
 
 
 def test_two_runs_make_one_cache(tmp_path):

@@ -425,6 +425,12 @@ def test_a_class_that_cannot_be_is_a_sentence(value, tmp_path):
         load_masks("folder", masked(tmp_path, mask, "tif"), 8)
 
 
+@pytest.mark.parametrize("value", [0.9, np.nan])
+def test_a_mask_of_fractions_is_a_sentence(value, tmp_path):
+    with pytest.raises(UserError, match="it holds fractions, a mask has whole numbers"):
+        load_masks("folder", masked(tmp_path, np.full((40, 40), value, np.float32), "tif"), 8)
+
+
 @pytest.mark.parametrize("place", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
 def test_voc_is_found_wherever_data_dir_points(place, tmp_path):
     home = tmp_path / "VOCdevkit/VOC2012"

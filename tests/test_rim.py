@@ -130,8 +130,12 @@ def test_only_torchrun_is_torchrun(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert not processes.under_torchrun()
-    for name in ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
+    for size in ("0", "many", ""):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert not processes.under_torchrun()
+    monkeypatch.setenv("WORLD_SIZE", "1")
     assert processes.under_torchrun()
 
 
@@ -367,7 +371,7 @@ def test_seeds_end_at_two_to_the_64(configure):
     ],
 )
 def test_numbers_beyond_the_limits_are_refused(configure, word):
-    with pytest.raises(UserError, match=r"it must be (from|a whole number)"):
+    with pytest.raises(UserError, match=r"it must be (from|finite|a whole number)"):
         configure(word)
 
 
@@ -410,11 +414,18 @@ def test_a_forks_own_constants_are_options(default, given, expected):
             keys.convert("mine", option, "1")
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EISDIR])
 def test_a_path_that_cannot_be_used_is_a_sentence(capsys, number):
     error = OSError(number, os.strerror(number), "/secret/x")
     output.excepthook(type(error), error, None)
     assert capsys.readouterr().err == f"error: /secret/x cannot be used ({os.strerror(number)})\n"
+
+
+def test_weights_too_large_to_compute_with_are_a_sentence(capsys):
+    error = torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+    output.excepthook(type(error), error, None)
+    said = capsys.readouterr().err
+    assert said.startswith("error: the features or weights are too large") and said.count("\n") == 1
 
 
 def test_a_bug_of_a_fork_is_a_traceback(tmp_path, monkeypatch):

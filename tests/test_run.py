@@ -183,7 +183,7 @@ def refused(result, code, *words):
         ("--global_scale=0.9,0.4", 1, ["global_scale", "2 numbers in ascending order"]),
         ("--depth=0", 1, ["--depth=0", "from 1 to"]),
         ("--batch_size=1", 1, ["--batch_size=1", "from 2"]),
-        ("--base_lr=nan", 1, ["--base_lr=nan", "from 0 to"]),
+        ("--base_lr=nan", 1, ["--base_lr=nan", "finite"]),
         ("--seed=-1", 1, ["--seed=-1", "from 0"]),
         ("--tau_t=0", 1, ["--tau_t=0", "from 1e-06"]),
         ("--image_size=30", 1, ["30", "patch_size=4", "28 or 32"]),

@@ -92,7 +92,7 @@ def decode_all(paths, size, file, progress, resample=BICUBIC):
             return np.fromfile(flags, np.uint8, len(paths))
         if file.exists():
             print(f"warning: {file} is damaged: decoding again", flush=True)
-        if not (part.exists() and flags.exists() and flags.stat().st_size == len(paths)):
+        if not is_begun(part, flags, (len(paths), 3, size, size)):
             part.unlink(missing_ok=True)
             gib, free = len(paths) * 3 * size**2 / 2**30, shutil.disk_usage(file.parent).free / 2**30
             if gib > free:
@@ -134,6 +134,14 @@ def decode_all(paths, size, file, progress, resample=BICUBIC):
 def checksum(images):
     """Four bytes; those of a large array are 0."""
     return (zlib.crc32(images) if images.nbytes <= CHECKED else 0).to_bytes(4, "little")
+
+
+def is_begun(part, flags, shape):
+    """Whether an interrupted run left an array and flags to go on from; a power cut may leave rubbish."""
+    try:
+        return np.load(part, mmap_mode="r").shape == shape and flags.stat().st_size == shape[0]
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def is_whole(file, flags, n):

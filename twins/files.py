@@ -5,6 +5,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -97,12 +98,19 @@ def read_log(path):
 def read_row(line, kinds, where):
     """A line of JSON as a dict whose values have these {name: type}. Raises UserError for anything else."""
     try:
-        row = json.loads(line, parse_constant=int)  # NaN is no number of ours: ValueError
+        row = json.loads(line, parse_constant=int, parse_float=finite)  # NaN is no number of ours: ValueError
         if all(type(row[name]) is kind for name, kind in kinds.items()):
             return row
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise UserError(f"{where} is broken: fix or remove it")
+
+
+def finite(text):
+    """A float. Raises ValueError for 1e999."""
+    if math.isinf(number := float(text)):
+        raise ValueError
+    return number
 
 
 def sha256(content):

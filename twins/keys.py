@@ -92,7 +92,9 @@ def convert(name, option, value):
     values = converted if kind is tuple else (converted,)
     numbers = kind is not bool and not any(isinstance(value, str) for value in values)
     high = LARGEST if kind is int and option.high == math.inf else option.high
-    if numbers and not all(option.low <= value <= high and abs(value) < math.inf for value in values):
+    if numbers and not all(abs(value) < math.inf for value in values):
+        raise UserError(f"{said}: it must be finite")
+    if numbers and not all(option.low <= value <= high for value in values):
         raise UserError(f"{said}: it must be from {plain(option.low)} to {plain(high)}")
     if kind is tuple:
         ordered = numbers and list(option.default) == sorted(option.default)
@@ -225,14 +227,18 @@ def configure(script, argv=None):
 
 
 def holds_run(out_dir):
-    return any(os.path.exists(out_dir / name) for name in ("ckpt.pt", "ckpt-previous.pt", "export"))
+    """Whether a folder holds a run that --resume=True can continue."""
+    return any(os.path.exists(out_dir / name) for name in ("ckpt.pt", "ckpt-previous.pt"))
 
 
 def refuse_run(out_dir):
     """Raises UserError for a folder with a run, or with files of its names that are not a run's."""
-    if holds_run(out_dir) or os.path.exists(out_dir / "curves.png"):  # or its log and pictures
-        hint = "continue it with --resume=True, or give another --out_dir"
-        raise UserError(f"{out_dir} already holds a run: {hint}")
+    hint = "give another --out_dir"
+    if holds_run(out_dir):
+        raise UserError(f"{out_dir} already holds a run: continue it with --resume=True, or {hint}")
+    for name in ("export", "curves.png"):  # they are written after a checkpoint
+        if os.path.exists(out_dir / name):
+            raise UserError(f"{out_dir} holds a run's {name}, but no ckpt.pt to continue: {hint}")
     file = out_dir / "config.json"
     ours = file.exists() and "script" in read_json(file)  # of a run that failed before it saved
     for name in ("config.json", "script.py", "log.jsonl", "crops.png"):
@@ -278,7 +284,7 @@ def tell_changes(out_dir, config, given):
             raise UserError(
                 f"{out_dir} is a run with --{key}={config[key]}: leave --{key} out, or use another --out_dir"
             )
-    if {"max_steps", "epochs"} & set(changed):
+    if {"max_steps", "epochs", "batch_size"} & set(changed):
         print(
             "note: the schedules now span the new number of steps, so the learning rate jumps; "
             "for one unbroken schedule, give the new number to a new run in another --out_dir"

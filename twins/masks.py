@@ -168,7 +168,10 @@ def decode_mask(path, image, size, ids):
             mask = ImageOps.exif_transpose(mask)
             if inexact:
                 mask = mask.convert("L").point(lambda value: 255 * (value > 127))
-            pixels = ids(np.asarray(mask).astype(np.int32)).astype(np.int32)
+            pixels = np.asarray(mask)
+            if pixels.dtype.kind == "f" and (pixels != pixels.round()).any():  # NaN, too
+                raise ValueError("it holds fractions, a mask has whole numbers")
+            pixels = ids(pixels.astype(np.int32)).astype(np.int32)
         if pixels.ndim != 2:
             raise ValueError("it has colours, a mask has a number for each pixel")
         if pixels.max() > LARGEST or pixels.min() < -1:

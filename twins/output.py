@@ -18,6 +18,7 @@ from twins.errors import close_bars, first_line, is_sentence
 from twins.processes import under_torchrun, world
 
 NEW_BAR = tqdm.__init__
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 
 
 class Stream:
@@ -68,7 +69,9 @@ def excepthook(kind, error, trace):
         said += "a smaller network, smaller images or a smaller --batch_size needs less memory"
     elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
         said = f"error: torch.compile fails here ({reason}): use --compile=False"
-    elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+    elif isinstance(error, torch.linalg.LinAlgError):
+        said = f"error: the features or weights are too large to compute with ({reason})"
+    elif isinstance(error, OSError) and error.errno in PATH_ERRORS:
         said = f"error: {error.filename} cannot be used ({error.strerror})"
     elif issubclass(kind, KeyboardInterrupt):
         said = "stopped; what was saved before is unchanged"

@@ -17,8 +17,10 @@ from twins.errors import UserError, first_line
 
 
 def under_torchrun():
-    names = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return all(os.environ.get(name) for name in names)
+    names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    numbers = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    ranks = all(number.isdigit() for number in numbers) and int(numbers[0]) < int(numbers[1])
+    return ranks and all(os.environ.get(name) for name in names)
 
 
 def rank():

@@ -10,7 +10,16 @@ from twins.files import read_json, write_file
 from twins.permutation import sentence
 from twins.pictures import printed
 from twins.statistics import expected_best, holm, sign_flip_p, t_interval, verdict, wilson_interval
-from twins.studies import group_rows, learned, measures, pair_with_full, paired, read_rows, sorted_trials
+from twins.studies import (
+    check_rows,
+    group_rows,
+    learned,
+    measures,
+    pair_with_full,
+    paired,
+    read_rows,
+    sorted_trials,
+)
 from twins.study_pictures import METRIC, best_figure, cost_figure, differences_figure
 
 PROTOCOL = {
@@ -33,6 +42,7 @@ def write_report(folder, study):
     rows = read_rows(folder)
     if not rows:
         raise UserError(f"{folder} holds no finished run: there is nothing to report")
+    check_rows(rows, study, folder)
     for name, content in report_study(rows, study, read_attention(folder)).items():
         write_file(Path(folder) / name, content)
     print(f"wrote {folder}/README.md", flush=True)
@@ -42,7 +52,13 @@ def read_attention(folder):
     """What attn_viz.py found of a study's runs: attention.json in its folder, {} if it holds no test."""
     file = Path(folder) / "attention.json"
     found = read_json(file) if file.exists() else {}
-    return found if found.get("tests") else {}
+    if not found.get("tests"):
+        return {}
+    try:
+        sentence(found["tests"][0], found["tests"][0]["groups"])
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise UserError(f"{file} is broken: remove it, and run attn_viz.py again") from None
+    return found
 
 
 def report_study(rows, study, attention=None):

@@ -246,8 +246,9 @@ class Run:
         except UserError as error:
             self.unsaved = str(error)
             self.bar.write(f"warning at step {step}: {error}")
-        with self.attempt("curves.png"):
-            self.write("curves.png", curves_picture(self.rows))
+        if not self.unsaved:
+            with self.attempt("curves.png"):
+                self.write("curves.png", curves_picture(self.rows))
         self.clock = time.monotonic()
 
     def restore(self):
@@ -260,10 +261,13 @@ class Run:
                 elif not isinstance(value, str):
                     value.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            changed = [k for k, v in saved["config"].items() if self.config.get(k) != v and k != "resume"]
+            changed = {k for k, v in saved["config"].items() if self.config.get(k) != v}
+            changed = sorted(changed - {"resume", "out_dir"})
             problem = f"{path} does not fit; options that differ from its run: {changed}"
             raise UserError(f"{problem} ({first_line(error)})") from None
         self.start, self.seconds = saved["step"], saved["seconds"]
+        if self.start > self.steps:
+            raise UserError(f"{path} is at step {self.start}, beyond the new end, step {self.steps}")
         self.rows = [row for row in read_log(self.dir / "log.jsonl") if row["step"] <= self.start]
         first = saved.get("first_row") or self.rows[:1]
         if self.rows[:1] != first:

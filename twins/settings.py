@@ -79,6 +79,8 @@ def removals(mechanisms, setting, options, only=""):
     """
     settings, all_off = {}, setting
     for name, mechanism in mechanisms.items():
+        if not all(changes.keys() <= options.keys() for changes in mechanism):  # a fork does without it
+            continue
         settings[name] = toggle(mechanism, setting, options)
         if settings[name][1] == "off":
             all_off, _ = toggle(mechanism, all_off, options)

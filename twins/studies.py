@@ -12,7 +12,7 @@ from twins.study_pictures import METRIC
 
 KINDS = {"script": str, "label": str, "seed": int, "id": str, "setting": dict, "budget": float}  # of each row
 KINDS.update(git_commit=str, git_edited=bool, device=str, steps=int, views=int, seconds=float, curve=list)
-KINDS.update(knn=float, knn_init=float, rank=float, rank_init=float, collapsed=bool)
+KINDS.update(knn=float, knn_init=float, rank=float, rank_init=float, collapsed=bool, pflop=float)
 
 
 def read_rows(folder):
@@ -23,8 +23,7 @@ def read_rows(folder):
         if line.strip():
             where = f"line {i + 1} of {file}"
             row = read_row(line, KINDS, where)
-            pairs = all(isinstance(point, list) and len(point) == 2 for point in row["curve"])
-            if not (row["curve"] and pairs and isinstance(row.get("test", {}), dict)):
+            if not (row["curve"] and all(map(is_pair, row["curve"])) and are_numbers(row.get("test", {}))):
                 raise UserError(f"{where} is broken: fix or remove it")
             if (cell := (row["script"], row["label"], row["seed"])) in seen:
                 raise UserError(f"{where} repeats the run {' '.join(map(str, cell))}: remove one")
@@ -33,14 +32,42 @@ def read_rows(folder):
     return rows
 
 
+def is_pair(point):
+    return isinstance(point, list) and len(point) == 2 and are_numbers(dict(enumerate(point)))
+
+
+def are_numbers(values):
+    return isinstance(values, dict) and all(isinstance(value, int | float) for value in values.values())
+
+
 def write_rows(folder, rows):
     """Rewrites all rows, so a kill never leaves half a row."""
     write_file(Path(folder) / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def unfinished(cells, folder, name_of):
+LABELS = {  # of the rows of each study; numbers of trials are left out
+    "search": {"trial", "by hand"},
+    "models": {"full"},
+    "removal": {"full", *(f"{name} {state}" for name in (*MECHANISMS, "all") for state in ("off", "on"))},
+}
+
+
+def check_rows(rows, study, folder):
+    """Raises UserError for rows of another study, and for rows that differ in their budgets."""
+    for row in rows:
+        label, tested = row["label"].rstrip(" 0123456789"), "test" in row
+        if label not in LABELS[study] or (tested and study != "models"):
+            raise UserError(f"{folder} holds {row['script']} {row['label']}: not a {study} study's row")
+    if len(budgets := {row["budget"] for row in rows}) > 1:
+        several = " and ".join(f"{budget:g}" for budget in sorted(budgets))
+        raise UserError(f"{folder} holds runs of {several} PFLOP: give another --out_dir for each budget")
+
+
+def unfinished(cells, study, folder, name_of):
     """The cells without a row yet. Raises UserError if a row was made with other options than its cell's."""
-    ids = {name_of(row): row["id"] for row in read_rows(folder)}
+    rows = read_rows(folder)
+    check_rows([*rows, *cells], study, folder)
+    ids = {name_of(row): row["id"] for row in rows}
     for cell in cells:
         if ids.get(name_of(cell), cell["id"]) != cell["id"]:
             raise UserError(f"{folder} holds {name_of(cell)} with other options: give another --out_dir")
@@ -112,10 +139,7 @@ def pair_with_full(rows):
     Full runs of seeds without a removal are left out.
     """
     order = [f"{name} {state}" for name in (*MECHANISMS, "all") for state in ("off", "on")]
-    labels = {row["label"] for row in rows} - {"full"}
-    if unknown := labels - set(order):
-        raise UserError(f"{', '.join(sorted(unknown))}: not rows of a removal study")
-    labels = sorted(labels, key=order.index)
+    labels = sorted({row["label"] for row in rows} - {"full"}, key=order.index)
     seeds = {row["seed"] for row in rows if row["label"] != "full"}
     rows = [row for row in rows if row["seed"] in seeds or not seeds]
     runs = {label: [row for row in rows if row["label"] == label] for label in ("full", *labels)}
