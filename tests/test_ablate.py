@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import ablate
-from conftest import ROOT
+from conftest import ROOT, launch
 from twins.answer import BLOCK, answer, compare_models, write_answer
 from twins.errors import UserError
 from twins.files import write_file
@@ -340,8 +340,8 @@ def test_a_killed_study_continues_and_a_failing_run_costs_itself_alone(tmp_path,
     assert errors.splitlines()[-1].startswith("barlow-full-1001: exit code 1: error: ")
     (made,) = [json.loads(line) for line in Path("results/rows.jsonl").read_text().splitlines()]
     assert "resumed" in folders[0].with_suffix(".txt").read_text()
-    words = made["command"].replace("python barlow.py", f"{sys.executable} {ROOT}/barlow.py").split()
-    subprocess.run([*words, "--out_dir=whole"], env=paths(), check=True, capture_output=True)
+    words = made["command"].replace("python barlow.py", f"{ROOT}/barlow.py").split()
+    assert launch([*words, "--out_dir=whole"], tmp_path).returncode == 0
     log = [json.loads(line) for line in Path("whole/log.jsonl").read_text().splitlines()]
     evaluations = [line for line in log if "knn" in line]
     assert [knn for _, knn in made["curve"]] == [line["knn"] for line in evaluations]

@@ -18,6 +18,7 @@ from twins.errors import close_bars, first_line, is_sentence
 from twins.processes import under_torchrun, world
 
 NEW_BAR = tqdm.__init__
+SECONDS_FOR_RANK_0 = 5
 PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR)
 
 
@@ -59,7 +60,7 @@ def excepthook(kind, error, trace):
     if is_sentence(error, trace):
         if number:  # if rank 0 prints the same sentence, torchrun ends this process meanwhile
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
+            time.sleep(SECONDS_FOR_RANK_0)
         said = f"error on rank {number}: {error}" if number else f"error: {error}"
     elif rank_was_lost(error):
         said = f"error: rank {number} stops, another process of this run ended or hangs ({reason}); "
