@@ -14,6 +14,9 @@ search's second round (successive halving) trains its best settings again, and o
     python ablate.py --study=search --search_dir=FIRST --trials=2 --pflop=0.04 --out_dir=SECOND
     python ablate.py --study=models --search_dir=SECOND
 
+A further round, `--search_dir=SECOND --trials=1 --changes="n_local=0;n_local=0 ema_end=0.97"`, tries changes
+to the best setting, those between semicolons one by one.
+
 Settings are chosen on held-out training images: the best is the one of highest k-NN accuracy among the trials
 that did not collapse. A run collapsed if its RankMe ends below a quarter of the untrained network's, its k-NN
 accuracy below the untrained network's, or its loss was not finite.
@@ -36,7 +39,7 @@ from twins.files import only_writer, read_json
 from twins.jobs import default_slots, last_line, run_jobs, start
 from twins.keys import holds_run, parse
 from twins.reports import write_report
-from twins.settings import MECHANISMS, draw_setting, read_script, removals
+from twins.settings import MECHANISMS, changed, draw_setting, read_script, removals
 from twins.studies import best_setting, finalists, read_rows, run_results, unfinished, write_rows
 
 study = "search"  # which question [search|models|removal]
@@ -49,6 +52,7 @@ trials = 16  # settings of a search: random ones, or the best of --search_dir [1
 mechanisms = ""  # which ones to remove, such as EMA,multi-crop; "all": at once; empty: each one, and all
 seeds = 8  # seeds per setting in models and removal; fewer cannot give p < 0.05 after Holm [1..1000]
 pflop = 0.0  # floating-point operations per run, in 1e15; 0: the default in PFLOP [0..]
+changes = ""  # for a round after the second: changes to the best setting, n_local=0;n_local=0 ema_end=0.97
 search_dir = ""  # the search whose best settings are used; empty, in models and removal: results/search-...
 out_dir = ""  # rows, tables and figures; empty: results/<study>-<dataset>
 runs_dir = ""  # the runs and their checkpoints; empty: out/<name of out_dir>
@@ -109,7 +113,8 @@ def make_cells():
         for script in dict.fromkeys(scripts.split(",")):
             options = read_script(ROOT / f"{script}.py", (dataset, preset))
             if study == "search" and folder:
-                settings = {**finalists(searched, script, trials), "by hand": BY_HAND.get(script, {})}
+                settings = finalists(searched, script, trials)
+                settings.update(changed(best_setting(searched, script), changes, BY_HAND.get(script, {})))
             elif study == "search":
                 settings = {"trial": draw_setting(SPACE, space_seed, seed, options)}
             else:

@@ -23,7 +23,7 @@ from twins.jobs import run_jobs
 from twins.reports import read_attention, report_study, write_report
 from twins.settings import draw_setting, read_script, removals, toggle
 from twins.statistics import t_interval
-from twins.studies import best_setting, paired, read_rows, run_results, unfinished, write_rows
+from twins.studies import best_setting, check_rows, paired, read_rows, run_results, unfinished, write_rows
 
 WITH_TEACHER = ("dino", "hybrid_a", "hybrid_b")
 
@@ -245,6 +245,21 @@ def test_the_second_round_has_the_best_of_the_first_and_one_by_hand(tmp_path, mo
     settings = [{"lambd": 0.5}, {"lambd": 0.4}, ablate.BY_HAND["barlow"]]
     assert [cell["setting"] for cell in cells] == settings
     assert {cell["seed"] for cell in cells} == {ablate.SECOND}
+    write_rows(tmp_path, [row("barlow", cell["label"], 500, 0.3, setting=cell["setting"]) for cell in cells])
+    monkeypatch.setattr(ablate, "trials", 1)
+    monkeypatch.setattr(ablate, "changes", "n_local=0; wd=0.1 proj_dim=64")  # a third round
+    found = {cell["label"]: cell["setting"] for cell in ablate.make_cells()}
+    assert found == {
+        "trial 1": {"lambd": 0.5},
+        "n_local=0": {"lambd": 0.5, "n_local": 0},
+        "wd=0.1 proj_dim=64": {"lambd": 0.5, "wd": 0.1, "proj_dim": 64},
+    }
+    assert cells[0] in ablate.make_cells()  # its row can be taken over from the second round
+    check_rows([row("barlow", label, 500, 0.3) for label in found], "search", tmp_path)
+    for changes in ("n_local", "head=two"):
+        monkeypatch.setattr(ablate, "changes", changes)
+        with pytest.raises(UserError, match=f"--changes={changes}: write them like"):
+            ablate.make_cells()
     for script, setting in ablate.BY_HAND.items():
         assert setting.keys() <= read_script(ROOT / f"{script}.py", ()).keys()
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import runpy
+from ast import literal_eval
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,23 @@ def draw_setting(space, seed, trial, options):
         if option in options:
             setting[option] = value
     return setting
+
+
+def changed(best, changes, by_hand):
+    """{label: setting}: {"by hand": by_hand}, or `best` with each of the changes "wd=0.1;wd=0.1 n_local=0".
+
+    Raises UserError for what is no change of an option that `best` may have.
+    """
+    settings = {}
+    for words in filter(None, changes.split(";")):
+        pairs = dict(word.partition("=")[::2] for word in words.split())
+        try:
+            settings[words.strip()] = {**best, **{name: literal_eval(text) for name, text in pairs.items()}}
+        except (ValueError, SyntaxError):
+            raise UserError(
+                f"--changes={changes}: write them like n_local=0;n_local=0 ema_end=0.97"
+            ) from None
+    return settings or {"by hand": by_hand}
 
 
 def toggle(mechanism, setting, options):

@@ -56,7 +56,8 @@ def check_rows(rows, study, folder):
     """Raises UserError for rows of another study, and for rows that differ in their budgets."""
     for row in rows:
         label, tested = row["label"].rstrip(" 0123456789"), "test" in row
-        if label not in LABELS[study] or (tested and study != "models"):
+        changed = study == "search" and "=" in label
+        if not (changed or label in LABELS[study]) or (tested and study != "models"):
             raise UserError(f"{folder} holds {row['script']} {row['label']}: not a {study} study's row")
     if len(budgets := {row["budget"] for row in rows}) > 1:
         several = " and ".join(f"{budget:g}" for budget in sorted(budgets))
@@ -114,9 +115,12 @@ def best_setting(rows, script):
 
 
 def finalists(rows, script, n):
-    """{"trial 4": its setting, ...} of a script's n best trials: those of the second round."""
-    best = sorted_trials(row for row in rows if row["script"] == script)[:n]
-    return {f"trial {row['seed']}": row["setting"] for row in best}
+    """{"trial 4": its setting, ...} of a script's n best trials: those of the next round."""
+    settings = {}
+    for row in sorted_trials(row for row in rows if row["script"] == script)[:n]:
+        label = f"trial {row['seed']}" if row["label"] == "trial" else row["label"]
+        settings[label] = row["setting"]
+    return settings
 
 
 def group_rows(rows):
