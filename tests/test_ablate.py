@@ -208,7 +208,7 @@ def test_tables_of_planted_rows():
     rows = [row("dino", "trial 2", 500, 0.31), row("dino", "by hand", 500, 0.35, rank=2.0, collapsed=True)]
     files = report_study(rows, "search")
     text = files["README.md"]
-    assert text.startswith("# Second round: 2 runs") and set(files) == {"README.md"}
+    assert text.startswith("# Later round: 2 runs") and set(files) == {"README.md"}
     assert "| DINO | trial 2 | 5 | 31.0 | 9.0 | no | 20.0 | 10.0 |" in text
     assert "| DINO | by hand | 5 | 35.0 | 2.0 | yes |" in text and "- DINO: `--wd=0.31`" in text
 
@@ -466,6 +466,10 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     text = answer_text(tmp_path)
     assert "Hybrid A (2 seeds; 40.0 with nothing removed, 20.0 untrained, 0.2 PFLOP)" in text
     assert "[removal-long](results/removal-cifar10-long/README.md)" in text
+
+    write_rows(tmp_path / "removal-cifar10-dino", [{**r, "script": "dino"} for r in removed[:: seeds // 2]])
+    parts = answer(tmp_path, "cifar10")
+    assert "**Can DINO do without them, too?** DINO (" in parts["results"] and "DINO (" not in parts["answer"]
 
     write_rows(tmp_path / "models-cifar100", rows[:-seeds])  # without hybrid B
     assert "CIFAR-100" not in answer_text(tmp_path)

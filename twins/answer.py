@@ -42,12 +42,16 @@ def answer(results, dataset):
     search, models = (group_rows(read_rows(results / f"{s}-{dataset}")) for s in ("search", "models"))
     if search.keys() - models.keys() or not all(split_titles(models)):  # some methods alone are no comparison
         return dict.fromkeys(("answer", "results"), UNTRAINED)
-    removals = list_removals(best_removals(results, dataset))
+    removals = best_removals(results, dataset)
+    hybrids = {title: removals[title] for title in split_titles(removals)[0]}
+    rule = f"Change in {METRIC} (points) without each; it can go if the 95 % interval lies above -2. "
     first = {
         "Does CC give better features?": compare_models(models, main_measure(models)),
-        "Which of DINO's mechanisms become unnecessary?": removals,
+        "Which of DINO's mechanisms become unnecessary?": rule * bool(hybrids) + list_removals(hybrids),
     }
     others, elsewhere = {}, same_settings(results, dataset, models)
+    if "DINO" in removals:
+        others["Can DINO do without them, too?"] = list_removals({"DINO": removals["DINO"]})
     for name, groups in elsewhere.items():
         measure = main_measure(groups)
         means = ", ".join(f"{title} {spreads(rows, [measure])[0]}" for title, rows in groups.items())
@@ -65,7 +69,7 @@ def answer(results, dataset):
     links = [f"[{f.name.replace(f'-{dataset}', '')}](results/{f.name}/README.md)" for f in folders]
     picture = f'src="results/models-{dataset}/cost.png" alt="k-NN against PFLOP, {printed(dataset)}"'
     parts = overview(search, models), f'<img align="right" width="330" {picture}>', legend(models, dataset)
-    studied = wrap(f"{rule(models)}Studies: {', '.join(links)}; [all](results/README.md).")
+    studied = wrap(f"{when_yes(models)}Studies: {', '.join(links)}; [all](results/README.md).")
     return {
         "answer": "\n\n".join([*parts, bullets(first)]) + "\n",
         "results": "\n\n".join([bullets(others), studied]) + "\n",
@@ -125,7 +129,7 @@ def legend(models, dataset):
     )
 
 
-def rule(models):
+def when_yes(models):
     """When an answer is yes or no, and whether there are enough seeds for that."""
     n, (hybrids, singles) = min(map(len, models.values())), split_titles(models)
     too_few = len(hybrids) * len(singles) * 2 / 2**n > SIGNIFICANT
@@ -233,7 +237,7 @@ def failures(search, failed):
 
 
 def list_removals(removals):
-    """What each script can do without, by the rule of the study; no verdict after one seed."""
+    """What each method can do without, by the rule of the study; no verdict after one seed."""
     sentences = []
     for title, rows in removals.items():
         runs, differences = pair_with_full(rows)
@@ -251,10 +255,7 @@ def list_removals(removals):
         counts = sorted({len(found) for found in differences.values()})
         seeds = f"{' or '.join(map(str, counts))} seed{'s' * (counts[-1:] > [1])}"
         sentences += [f"{title} ({seeds}; {level}): {text}."] if differences else []
-    if not sentences:
-        return "Not answered yet: no removal has been run."
-    rule = "a mechanism can go if its 95 % interval lies above -2"
-    return f"Change in {METRIC} (points) when removed; {rule}. {' '.join(sentences)}"
+    return " ".join(sentences) or "Not answered yet: no removal has been run."
 
 
 def overview(search, models):

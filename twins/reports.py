@@ -25,8 +25,8 @@ from twins.study_pictures import METRIC, best_figure, cost_figure, differences_f
 PROTOCOL = {
     "search": "Random settings from the space in ablate.py, the same number for every method. For expected "
     "and best k-NN a trial that collapsed counts as its untrained network.",
-    "second round": "The best settings of a shorter search and one by hand (ablate.py), the same number for "
-    "every method, with a larger budget and one seed that the search does not have.",
+    "later round": "The best settings of an earlier round, and settings or changes by hand (ablate.py): the "
+    "same number for every method, with one seed that the first round does not have.",
     "models": "The best setting of each method's search, or its second round if there is one, on fresh "
     "seeds. Differences are paired by seed.",
     "removal": "One mechanism changed at a time, paired with the full run of its seed. The verdict, stated "
@@ -65,10 +65,10 @@ def report_study(rows, study, attention=None):
     """{file name: content} of the README.md and figures of a study's rows and read_attention()."""
     groups = group_rows(rows)
     if study == "search" and any(row["label"] != "trial" for row in rows):
-        study = "second round"
+        study = "later round"
     text = [f"# {study.capitalize()}: {len(rows)} runs", PROTOCOL[study], provenance(rows)]
     reports = {"search": report_search, "models": report_models, "removal": report_removal}
-    tables, figures = reports.get(study, report_second_round)(groups)
+    tables, figures = reports.get(study, report_later_round)(groups)
     if study in ("models", "removal") and not any(row["setting"] for row in rows if row["label"] == "full"):
         text.append("There was no search: the settings are those of the presets.")
     text += tables
@@ -142,7 +142,7 @@ def report_search(groups):
     return [table(columns, lines), *best_settings(groups)], {"expected-best.png": best_figure(curves)}
 
 
-def report_second_round(groups):
+def report_later_round(groups):
     lines = []
     for title, rows in groups.items():
         for row in rows:
