@@ -39,7 +39,7 @@ from twins.files import only_writer, read_json
 from twins.jobs import default_slots, last_line, run_jobs, start
 from twins.keys import holds_run, parse
 from twins.reports import write_report
-from twins.settings import MECHANISMS, changed, draw_setting, read_script, removals
+from twins.settings import MECHANISMS, draw_setting, read_script, removals, with_changes
 from twins.studies import best_setting, finalists, read_rows, run_results, unfinished, write_rows
 
 study = "search"  # which question [search|models|removal]
@@ -114,7 +114,8 @@ def make_cells():
             options = read_script(ROOT / f"{script}.py", (dataset, preset))
             if study == "search" and folder:
                 settings = finalists(searched, script, trials)
-                settings.update(changed(best_setting(searched, script), changes, BY_HAND.get(script, {})))
+                by_hand = {"by hand": BY_HAND.get(script, {})}
+                settings.update(with_changes(best_setting(searched, script), changes) or by_hand)
             elif study == "search":
                 settings = {"trial": draw_setting(SPACE, space_seed, seed, options)}
             else:

@@ -61,10 +61,10 @@ def draw_setting(space, seed, trial, options):
     return setting
 
 
-def changed(best, changes, by_hand):
-    """{label: setting}: {"by hand": by_hand}, or `best` with each of the changes "wd=0.1;wd=0.1 n_local=0".
+def with_changes(best, changes):
+    """{change: the setting `best` with it} for each of the changes "wd=0.1;wd=0.1 n_local=0".
 
-    Raises UserError for what is no change of an option that `best` may have.
+    Raises UserError for what is not a number or a truth value.
     """
     settings = {}
     for words in filter(None, changes.split(";")):
@@ -75,7 +75,7 @@ def changed(best, changes, by_hand):
             raise UserError(
                 f"--changes={changes}: write them like n_local=0;n_local=0 ema_end=0.97"
             ) from None
-    return settings or {"by hand": by_hand}
+    return settings
 
 
 def toggle(mechanism, setting, options):

@@ -13,6 +13,12 @@ from twins.study_pictures import METRIC
 KINDS = {"script": str, "label": str, "seed": int, "id": str, "setting": dict, "budget": float}  # of each row
 KINDS.update(git_commit=str, git_edited=bool, device=str, steps=int, views=int, seconds=float, curve=list)
 KINDS.update(knn=float, knn_init=float, rank=float, rank_init=float, collapsed=bool, pflop=float)
+REMOVALS = [f"{name} {state}" for name in (*MECHANISMS, "all") for state in ("off", "on")]
+LABELS = {
+    "search": ["trial", "by hand"],
+    "models": ["full"],
+    "removal": ["full", *REMOVALS],
+}  # without numbers
 
 
 def read_rows(folder):
@@ -43,13 +49,6 @@ def are_numbers(values):
 def write_rows(folder, rows):
     """Rewrites all rows, so a kill never leaves half a row."""
     write_file(Path(folder) / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
-LABELS = {  # of the rows of each study; numbers of trials are left out
-    "search": {"trial", "by hand"},
-    "models": {"full"},
-    "removal": {"full", *(f"{name} {state}" for name in (*MECHANISMS, "all") for state in ("off", "on"))},
-}
 
 
 def check_rows(rows, study, folder):
@@ -142,8 +141,7 @@ def pair_with_full(rows):
 
     Full runs of seeds without a removal are left out.
     """
-    order = [f"{name} {state}" for name in (*MECHANISMS, "all") for state in ("off", "on")]
-    labels = sorted({row["label"] for row in rows} - {"full"}, key=order.index)
+    labels = sorted({row["label"] for row in rows} - {"full"}, key=REMOVALS.index)
     seeds = {row["seed"] for row in rows if row["label"] != "full"}
     rows = [row for row in rows if row["seed"] in seeds or not seeds]
     runs = {label: [row for row in rows if row["label"] == label] for label in ("full", *labels)}
