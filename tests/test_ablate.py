@@ -437,7 +437,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     assert "-- end answer --> below <!-- results cifar10 --> - **Is training" in text
     assert f"better features?** {said} - **Which" in text
     feature_answer = said
-    said = f"CIFAR-10, {seeds} fresh seeds of each method's best setting, 0.1 PFLOP (1 to 1 minutes) a run: "
+    said = f"CIFAR-10, {seeds} fresh seeds of each method's best setting found, 0.1 PFLOP (1 to 1 minutes) a run: "
     assert said + "mean" in text and "CC has local views in Hybrid B (`--cc_local=True`). Studies:" in text
     assert (f"impossible with {seeds} seeds" in text) == (seeds == 3) and "old" not in text
     p = 2 / 2 ** (seeds - 1)  # all pairs but one differ, in one direction
@@ -451,7 +451,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
         rf"Hybrid A \| \S+ ± \S+ \| {re.escape(gain)} \| .* \| 50.0 ± 0.0 \| 1 of {seeds + 1} ", text
     )
     verdicts = "can go: centering +1.0; cannot go: EMA -10.0."
-    level = "30.0 with nothing removed, 20.0 untrained, 0.1 PFLOP"
+    level = "k-NN 30.0 with nothing removed, 20.0 untrained, 0.1 PFLOP"
     assert f"Hybrid A ({seeds} seeds; {level}): {verdicts}" in text
     assert 'src="results/models-cifar10/cost.png" alt="k-NN against PFLOP, CIFAR-10"' in text
     assert "segmentation" not in text and "attention maps" not in text
@@ -464,7 +464,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     write_rows(tmp_path / "removal-cifar10-longer", longer[::seeds])
     write_rows(tmp_path / "removal-cifar100", longer)  # another data set
     text = answer_text(tmp_path)
-    assert "Hybrid A (2 seeds; 40.0 with nothing removed, 20.0 untrained, 0.2 PFLOP)" in text
+    assert "Hybrid A (2 seeds; k-NN 40.0 with nothing removed, 20.0 untrained, 0.2 PFLOP)" in text
     assert "[removal-long](results/removal-cifar10-long/README.md)" in text
 
     write_rows(tmp_path / "removal-cifar10-dino", [{**r, "script": "dino"} for r in removed[:: seeds // 2]])

@@ -122,7 +122,7 @@ def legend(models, dataset):
     n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
     minutes = [row["seconds"] / 60 for rows in models.values() for row in rows]
     return wrap(
-        f"{printed(dataset)}, {n} fresh seed{'s' * (n > 1)} of each method's best setting, {budget:g} PFLOP "
+        f"{printed(dataset)}, {n} fresh seed{'s' * (n > 1)} of each method's best setting found, {budget:g} PFLOP "
         f"({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard deviation in %; "
         "differences in points, paired by seed, with Student's 95 % interval. Figure: k-NN on held-out "
         "training images."
@@ -251,7 +251,7 @@ def list_removals(removals):
                 lists.setdefault(word, []).append(f"{name} {100 * np.mean(found):+.1f}")
         text = "; ".join(f"{word}: {', '.join(lists[word])}" for word in sorted(lists, key=VERDICTS.index))
         now, random = (100 * np.mean([row[name] for row in full]) for name in ("knn", "knn_init"))
-        level = f"{now:.1f} with nothing removed, {random:.1f} untrained, {full[0]['budget']:g} PFLOP"
+        level = f"k-NN {now:.1f} with nothing removed, {random:.1f} untrained, {full[0]['budget']:g} PFLOP"
         counts = sorted({len(found) for found in differences.values()})
         seeds = f"{' or '.join(map(str, counts))} seed{'s' * (counts[-1:] > [1])}"
         sentences += [f"{title} ({seeds}; {level}): {text}."] if differences else []
