@@ -437,8 +437,11 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     assert "-- end answer --> below <!-- results cifar10 --> - **Is training" in text
     assert f"better features?** {said} - **Which" in text
     feature_answer = said
-    said = f"CIFAR-10, {seeds} fresh seeds of each method's best setting found, 0.1 PFLOP (1 to 1 minutes) a run: "
-    assert said + "mean" in text and "CC has local views in Hybrid B (`--cc_local=True`). Studies:" in text
+    said = f"CIFAR-10, {seeds} fresh seeds of each method's best setting found, 0.1 PFLOP "
+    assert (
+        said + "(1 to 1 minutes) a run: mean" in text
+        and "CC has local views in Hybrid B (`--cc_local=True`). Studies:" in text
+    )
     assert (f"impossible with {seeds} seeds" in text) == (seeds == 3) and "old" not in text
     p = 2 / 2 ** (seeds - 1)  # all pairs but one differ, in one direction
     stable = "Fewer settings fail" if p < 0.05 else "Not shown"

@@ -122,8 +122,8 @@ def legend(models, dataset):
     n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
     minutes = [row["seconds"] / 60 for rows in models.values() for row in rows]
     return wrap(
-        f"{printed(dataset)}, {n} fresh seed{'s' * (n > 1)} of each method's best setting found, {budget:g} PFLOP "
-        f"({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard deviation in %; "
+        f"{printed(dataset)}, {n} fresh seed{'s' * (n > 1)} of each method's best setting found, {budget:g} "
+        f"PFLOP ({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard deviation in %; "
         "differences in points, paired by seed, with Student's 95 % interval. Figure: k-NN on held-out "
         "training images."
     )
