@@ -115,7 +115,7 @@ def make_cells():
             if study == "search" and folder:
                 settings = finalists(searched, script, trials)
                 by_hand = {"by hand": BY_HAND.get(script, {})}
-                settings.update(with_changes(best_setting(searched, script), changes) or by_hand)
+                settings.update(with_changes(best_setting(searched, script), changes, options) or by_hand)
             elif study == "search":
                 settings = {"trial": draw_setting(SPACE, space_seed, seed, options)}
             else:

@@ -256,9 +256,9 @@ def test_the_second_round_has_the_best_of_the_first_and_one_by_hand(tmp_path, mo
     }
     assert cells[0] in ablate.make_cells()  # its row can be taken over from the second round
     check_rows([row("barlow", label, 500, 0.3) for label in found], "search", tmp_path)
-    for changes in ("n_local", "head=two"):
+    for changes in ("n_local", "head=two", "ema_end=1.0", " "):
         monkeypatch.setattr(ablate, "changes", changes)
-        with pytest.raises(UserError, match=f"--changes={changes}: write them like"):
+        with pytest.raises(UserError, match=f"--changes={changes}: write options like"):
             ablate.make_cells()
     for script, setting in ablate.BY_HAND.items():
         assert setting.keys() <= read_script(ROOT / f"{script}.py", ()).keys()

@@ -61,20 +61,21 @@ def draw_setting(space, seed, trial, options):
     return setting
 
 
-def with_changes(best, changes):
+def with_changes(best, changes, options):
     """{change: the setting `best` with it} for each of the changes "wd=0.1;wd=0.1 n_local=0".
 
-    Raises UserError for what is not a number or a truth value.
+    Raises UserError for what is not an option with a number or a truth value.
     """
     settings = {}
     for words in filter(None, changes.split(";")):
         pairs = dict(word.partition("=")[::2] for word in words.split())
         try:
-            settings[words.strip()] = {**best, **{name: literal_eval(text) for name, text in pairs.items()}}
+            changed = {name: literal_eval(text) for name, text in pairs.items()}
         except (ValueError, SyntaxError):
-            raise UserError(
-                f"--changes={changes}: write them like n_local=0;n_local=0 ema_end=0.97"
-            ) from None
+            changed = {}
+        if not changed or changed.keys() - options.keys():
+            raise UserError(f"--changes={changes}: write options like n_local=0;n_local=0 ema_end=0.97")
+        settings[words.strip()] = {**best, **changed}
     return settings
 
 
