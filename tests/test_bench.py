@@ -38,7 +38,8 @@ def test_views_against_torchvision(command, tmp_path):
 
 
 def test_wrong_options_of_the_bench(command):
-    refused(command("bench.py", scripts="dino,data"), 1, "no training script", "data.py")
+    for other in ("data", "eval_linear", "absent"):
+        refused(command("bench.py", scripts=f"dino,{other}"), 1, "no training script", f"{other}.py")
     refused(command("bench.py", scripts="dino", out_dir="/proc/x"), 1, "/proc/x", "cannot be written")
     refused(command("bench.py", warmup=1), 1, "--warmup=1", "from 2")
 

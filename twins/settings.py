@@ -34,12 +34,12 @@ MECHANISMS = {  # {name: ({option: value without it}, {option: value with it})};
 @functools.cache
 def read_script(path, presets):
     """{option: value under these presets} of a training script. Raises UserError if it is not one."""
-    names = runpy.run_path(str(path), run_name="study") if Path(path).exists() else {}
-    if "PRESETS" not in names:
+    options = read_options(path) if Path(path).exists() else {}
+    if not {"max_steps", "save_every"} <= options.keys():
         raise UserError(f"there is no training script {path}")
-    options = {name: option.default for name, option in read_options(path).items()}
+    options = {name: option.default for name, option in options.items()}
     for name in presets:
-        options.update(names["PRESETS"].get(name, {}))
+        options.update(runpy.run_path(str(path), run_name="study").get("PRESETS", {}).get(name, {}))
     return options
 
 
