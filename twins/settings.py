@@ -38,8 +38,9 @@ def read_script(path, presets):
     if not {"max_steps", "save_every"} <= options.keys():
         raise UserError(f"there is no training script {path}")
     options = {name: option.default for name, option in options.items()}
+    known = runpy.run_path(str(path), run_name="study").get("PRESETS", {})
     for name in presets:
-        options.update(runpy.run_path(str(path), run_name="study").get("PRESETS", {}).get(name, {}))
+        options.update(known.get(name, {}))
     return options
 
 
