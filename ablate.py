@@ -154,7 +154,7 @@ def cost_command(cell, file):
 
 
 def run_cell(cell):
-    """Yields the commands of a cell, is sent their exit codes, returns its row. UserError if one fails."""
+    """Yields the commands of a cell, is sent their exit codes, writes its row. UserError if one fails."""
     out, script = run_folder(cell), ROOT / f"{cell['script']}.py"
     cost_file, log = Path(f"{out}.json"), Path(f"{out}.txt")
     if not cost_file.exists():

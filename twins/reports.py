@@ -163,7 +163,7 @@ def report_later_round(groups):
 
 
 def best_settings(groups):
-    """A list of the settings of best_trial(), as options, of the methods that have one."""
+    """A list of the settings of the best trials, as options, of the methods that have one."""
     lines = [
         f"- {title}: `{' '.join(f'--{name}={value}' for name, value in row['setting'].items())}`"
         for title, rows in groups.items()

@@ -1,6 +1,7 @@
 """A study's rows, one per finished run: written, read, grouped, paired."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
 from twins.errors import UserError
@@ -14,11 +15,7 @@ KINDS = {"script": str, "label": str, "seed": int, "id": str, "setting": dict, "
 KINDS.update(git_commit=str, git_edited=bool, device=str, steps=int, views=int, seconds=float, curve=list)
 KINDS.update(knn=float, knn_init=float, rank=float, rank_init=float, collapsed=bool, pflop=float)
 REMOVALS = [f"{name} {state}" for name in (*MECHANISMS, "all") for state in ("off", "on")]
-LABELS = {
-    "search": ["trial", "by hand"],
-    "models": ["full"],
-    "removal": ["full", *REMOVALS],
-}  # without numbers
+LABELS = {"search": ["trial", "by hand"], "models": ["full"], "removal": ["full", *REMOVALS]}
 
 
 def read_rows(folder):
@@ -29,7 +26,7 @@ def read_rows(folder):
         if line.strip():
             where = f"line {i + 1} of {file}"
             row = read_row(line, KINDS, where)
-            if not (row["curve"] and all(map(is_pair, row["curve"])) and are_numbers(row.get("test", {}))):
+            if not has_numbers(row["curve"], row.get("test", {})):
                 raise UserError(f"{where} is broken: fix or remove it")
             if (cell := (row["script"], row["label"], row["seed"])) in seen:
                 raise UserError(f"{where} repeats the run {' '.join(map(str, cell))}: remove one")
@@ -38,12 +35,12 @@ def read_rows(folder):
     return rows
 
 
-def is_pair(point):
-    return isinstance(point, list) and len(point) == 2 and are_numbers(dict(enumerate(point)))
-
-
-def are_numbers(values):
-    return isinstance(values, dict) and all(isinstance(value, int | float) for value in values.values())
+def has_numbers(curve, tests):
+    """Whether a row's curve is a list of pairs of numbers, not an empty one, and its tests {name: number}."""
+    pairs = all(isinstance(point, list) and len(point) == 2 for point in curve)
+    if not (curve and pairs and isinstance(tests, dict)):
+        return False
+    return all(isinstance(value, int | float) for value in (*chain(*curve), *tests.values()))
 
 
 def write_rows(folder, rows):
@@ -54,7 +51,7 @@ def write_rows(folder, rows):
 def check_rows(rows, study, folder):
     """Raises UserError for rows of another study, and for rows that differ in their budgets."""
     for row in rows:
-        label, tested = row["label"].rstrip(" 0123456789"), "test" in row
+        label, tested = row["label"].rstrip(" 0123456789"), "test" in row  # "trial 4" is a trial
         changed = study == "search" and "=" in label
         if not (changed or label in LABELS[study]) or (tested and study != "models"):
             raise UserError(f"{folder} holds {row['script']} {row['label']}: not a {study} study's row")
@@ -106,7 +103,7 @@ def sorted_trials(rows):
 
 
 def best_setting(rows, script):
-    """The setting of a script's sorted_trials(). Raises UserError if there is none."""
+    """The setting of a script's best trial. Raises UserError if all collapsed or there is none."""
     best = list(finalists(rows, script, 1).values())
     if not best:
         raise UserError(f"the search has no trial of {script} without collapse: leave it out of --scripts")

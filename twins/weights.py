@@ -12,6 +12,7 @@ from safetensors.torch import save as to_safetensors
 
 from twins.errors import ROOT, UserError, first_line
 from twins.files import load_checkpoint, load_pickle, read_checkpoint, read_json, sha256, write_file
+from twins.keys import holds_run
 
 AVERAGED = re.compile(r"(^|[._])(teacher|ema|momentum)([._]|$)")  # a network that averages another's weights
 CLASSIFIERS = ("head", "head_dist", "fc", "fc_norm", "mask_token")  # no part of the features
@@ -36,7 +37,7 @@ def read_backbone(path, network, heads, vit):
 def read_run(path):
     """A run's checkpoint, of its folder or file, and its path; {} if it is neither. Raises UserError."""
     if path.is_dir():
-        if not any((path / name).exists() for name in ("ckpt.pt", "ckpt-previous.pt")):
+        if not holds_run(path):
             return {}, path
         saved, path, problem = load_checkpoint(path)
         if problem:
