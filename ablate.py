@@ -39,6 +39,7 @@ from twins.files import only_writer, read_json
 from twins.jobs import default_slots, last_line, run_jobs, start
 from twins.keys import holds_run, parse
 from twins.reports import write_report
+from twins.result_tables import write_tables
 from twins.settings import MECHANISMS, draw_setting, read_script, removals, with_changes
 from twins.studies import best_setting, finalists, read_rows, run_results, unfinished, write_rows
 
@@ -227,7 +228,8 @@ if __name__ == "__main__":
     pflop = pflop or PFLOP[study]
     if report:
         write_report(out_dir, study)
-        sys.exit(write_answer(ROOT / "README.md", ROOT / "results"))
+        write_answer(ROOT / "README.md", ROOT / "results")
+        sys.exit(write_tables(ROOT / "results" / "README.md"))
     cells, slots = make_cells(), jobs or default_slots()
     with only_writer(out_dir):
         todo = unfinished(cells, study, out_dir, name_of)

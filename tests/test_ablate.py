@@ -21,6 +21,8 @@ from twins.errors import UserError
 from twins.files import write_file
 from twins.jobs import run_jobs
 from twins.reports import read_attention, report_study, write_report
+from twins.result_tables import BLOCK as TABLE
+from twins.result_tables import table_of
 from twins.settings import draw_setting, read_script, removals, toggle
 from twins.statistics import t_interval
 from twins.studies import best_setting, check_rows, paired, read_rows, run_results, unfinished, write_rows
@@ -387,6 +389,11 @@ def test_the_readmes_figures_are_those_of_the_rows():
         page = report_study(read_rows(folder), study, attention)
         assert (folder / "README.md").read_text() == page["README.md"]
         assert all((folder / name).exists() for name in page)
+    page = (ROOT / "results" / "README.md").read_text()
+    tables = TABLE.findall(page)
+    assert "probes.json" in [file for file, _ in tables]
+    for file, text in tables:
+        assert text == table_of(ROOT / "results" / file) + "\n"
 
 
 def answer_text(results):
