@@ -487,11 +487,11 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     write_rows(tmp_path / "models-cifar100", [{**r, "setting": {"wd": 1.0}} for r in rows])
     assert "CIFAR-100" not in answer_text(tmp_path)
     write_rows(tmp_path / "models-cifar100", rows)
-    text = answer_text(tmp_path)
-    assert (
-        f"Are features better on CIFAR-100, with the same settings?** {feature_answer} Test k-NN: DINO "
-        in text
-    )
+    said = "better on CIFAR-100, with the settings of {}?** " + f"{feature_answer} Test k-NN: DINO "
+    assert said.format("models") in answer_text(tmp_path)
+    write_rows(tmp_path / "models-cifar10-old", rows)
+    write_rows(tmp_path / "models-cifar10", [{**r, "setting": {"wd": 1.0}} for r in rows])
+    assert said.format("models-old") in answer_text(tmp_path)
 
     for made in rows:
         made["test"]["mIoU"] = 0.6 - 0.2 * made["script"].startswith("hybrid")

@@ -49,14 +49,14 @@ def answer(results, dataset):
         "Does CC give better features?": compare_models(models, main_measure(models)),
         "Which of DINO's mechanisms become unnecessary?": rule * bool(hybrids) + list_removals(hybrids),
     }
-    others, elsewhere = {}, same_settings(results, dataset, models)
+    others, elsewhere = {}, same_settings(results, dataset)
     if "DINO" in removals:
         others["Can DINO do without them, too?"] = list_removals({"DINO": removals["DINO"]})
-    for name, groups in elsewhere.items():
+    for name, (groups, source) in elsewhere.items():
         measure = main_measure(groups)
         means = ", ".join(f"{title} {spreads(rows, [measure])[0]}" for title, rows in groups.items())
         text = f"{compare_models(groups, measure)} {measure[0].upper() + measure[1:]}: {means}."
-        others[f"Are features better on {printed(name)}, with the same settings?"] = text
+        others[f"Are features better on {printed(name)}, with the settings of {source}?"] = text
     others["Is training more stable?"] = compare_collapse(search)
     if any("mIoU" in measures(row) for rows in models.values() for row in rows):
         others["Is segmentation better?"] = compare_models(models, "mIoU")
@@ -66,7 +66,7 @@ def answer(results, dataset):
         found.append("(Jensen-Shannon divergence, permutation tests over runs.)")
         others["Do attention maps differ?"] = " ".join(found)
     folders = [folder for study in STUDIES for folder in folders_of(results, study, dataset)]
-    links = [f"[{f.name.replace(f'-{dataset}', '')}](results/{f.name}/README.md)" for f in folders]
+    links = [f"[{short(folder, dataset)}](results/{folder.name}/README.md)" for folder in folders]
     picture = f'src="results/models-{dataset}/cost.png" alt="k-NN against PFLOP, {printed(dataset)}"'
     parts = overview(search, models), f'<img align="right" width="330" {picture}>', legend(models, dataset)
     studied = wrap(f"{when_yes(models)}Studies: {', '.join(links)}; [all](results/README.md).")
@@ -100,16 +100,24 @@ def best_removals(results, dataset):
     return {title: max(rows, key=size) for title, rows in found.items()}
 
 
-def same_settings(results, dataset, models):
-    """{data set: its models study} of those with the methods and settings of `models`, so untuned there."""
+def same_settings(results, dataset):
+    """{other data set: (its models study's rows, the study of `dataset` whose settings it has)}: untuned."""
 
     def settings(groups):
         return {title: rows[0]["setting"] for title, rows in groups.items()}
 
-    prefix = "models-"
-    names = {folder.name.removeprefix(prefix) for folder in results.glob(f"{prefix}*")} - {dataset}
-    studies = {name: group_rows(read_rows(results / f"{prefix}{name}")) for name in sorted(names)}
-    return {name: rows for name, rows in studies.items() if rows and settings(rows) == settings(models)}
+    tuned, found = folders_of(results, "models", dataset), {}
+    for folder in sorted(set(results.glob("models-*")) - set(tuned)):
+        groups = group_rows(read_rows(folder))
+        for own in tuned:
+            if groups and settings(groups) == settings(group_rows(read_rows(own))):
+                found.setdefault(folder.name.removeprefix("models-"), (groups, short(own, dataset)))
+    return found
+
+
+def short(folder, dataset):
+    """A study's name in a page on one data set."""
+    return folder.name.replace(f"-{dataset}", "")
 
 
 def wrap(text, indent=""):
