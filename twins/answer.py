@@ -188,7 +188,8 @@ def compare_models(models, measure):
         word = ""
     sides = ", ".join(filter(None, sides))
     which = "both hybrids" if len(hybrids) > 1 else hybrids[0]
-    text = f"{sides} ({which}, all {n} seeds)." if sides else f"inconclusive with {n} seeds."
+    seeds = f"all {n} seeds" if n > 1 else "one seed"
+    text = f"{sides} ({which}, {seeds})." if sides else f"inconclusive with {n} seed{'s' * (n > 1)}."
     return word + (text if word else text[0].upper() + text[1:])
 
 
