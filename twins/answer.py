@@ -58,10 +58,8 @@ def answer(results, dataset):
     if "DINO" in removals:
         others["Can DINO do without them, too?"] = list_removals({"DINO": removals["DINO"]})
     for name, (groups, source) in elsewhere.items():
-        measure = main_measure(groups)
-        means = ", ".join(f"{title} {spreads(rows, [measure])[0]}" for title, rows in groups.items())
-        text = f"{compare_models(groups, measure)} {measure[0].upper() + measure[1:]}: {means}."
-        others[f"And on {printed(name)}, with the settings of {source}?"] = text
+        question = f"And on {printed(name)}, with the settings of {source}?"
+        others[question] = compare_models(groups, main_measure(groups))
     others["Is training more stable?"] = compare_collapse(search)
     if any("mIoU" in measures(row) for rows in models.values() for row in rows):
         others["Is segmentation better?"] = compare_models(models, "mIoU")

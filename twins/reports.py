@@ -27,7 +27,7 @@ PROTOCOL = {
     "and best k-NN a trial that collapsed counts as its untrained network.",
     "later round": "The best settings of an earlier round, and settings or changes by hand (ablate.py): the "
     "same number for every method, with one seed that the first round does not have.",
-    "models": "The best setting of each method's search, or its second round if there is one, on fresh "
+    "models": "The best setting of each method's search, of its last round if there are several, on fresh "
     "seeds. Differences are paired by seed.",
     "removal": "One mechanism changed at a time, paired with the full run of its seed. The verdict, stated "
     "before the runs: *can go* if the interval of the difference lies above -2 points, *cannot go* if it "
