@@ -112,12 +112,13 @@ def same_settings(results, dataset):
     def settings(groups):
         return {title: rows[0]["setting"] for title, rows in groups.items()}
 
-    tuned, found = folders_of(results, "models", dataset), {}
-    for folder in sorted(set(results.glob("models-*")) - set(tuned)):
+    tuned = {own: settings(group_rows(read_rows(own))) for own in folders_of(results, "models", dataset)}
+    found = {}
+    for folder in sorted(set(results.glob("models-*")) - tuned.keys()):
         groups = group_rows(read_rows(folder))
-        for own in tuned:
-            if groups and settings(groups) == settings(group_rows(read_rows(own))):
-                found.setdefault(folder.name.removeprefix("models-"), (groups, own.name))
+        same = [own.name for own, its_settings in tuned.items() if its_settings == settings(groups)]
+        if groups and same:
+            found[folder.name.removeprefix("models-")] = groups, same[0]
     return found
 
 
