@@ -5,7 +5,7 @@ X1, X2 are random views of an image, Z1, Z2 their projections; z1, z2: columns s
     C = z1^T z2 / B    L = CC = (sum_i (1 - C_ii)^2 + lambd sum_{i != j} C_ij^2) / D
 
 Views go through the projector one by one, as in the official code: BatchNorm sees one at a time. The division
-by D is ours, and the 1e-6 added to a variance (there 1e-5). AdamW, because LARS collapses with a ViT.
+by D is ours, and the 1e-6 added to a variance (there 1e-5). AdamW instead of LARS, as is usual for a ViT.
 
     python barlow.py --dataset=shapes                        a few minutes on two CPU cores
     python barlow.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 pixels
@@ -31,7 +31,7 @@ data_dir = "data"  # where its files are, or are downloaded to
 out_dir = ""  # where the run writes; empty: out/<script>-<dataset>
 preset = ""  # a set of changed defaults, see PRESETS: small (shapes and stl10 apply with their data set)
 skip_bad_images = False  # in a folder, skip files that cannot be read, up to 1 %
-memory_gib = 8.0  # data sets up to this size stay on the device, larger ones are read ahead from disk [0..]
+memory_gib = 8.0  # data sets up to this size stay on the device; batches of larger ones are read ahead [0..]
 resume = False  # continue the run in out_dir
 init = ""  # weights to start from: a run, an export folder, a file of DINO's, DINOv2's or timm's
 seed = 0  # for the weights, data order and views [0..18446744073709551615]
@@ -145,7 +145,7 @@ def cosine(start, end, step, steps, warmup=0):
 
 
 if __name__ == "__main__":
-    config = configure(globals())  # the config line: from here on every option has its final value
+    config = configure(globals())  # command line and presets: from here on every option has its final value
     device, autocast = setup(device, dtype, seed)
     init_state = start_from(globals(), ViT) if init and not resume else None  # sets dim, depth ... too
     for size in (image_size, local_size):
@@ -160,10 +160,10 @@ if __name__ == "__main__":
     crops += [Crop(local_size, local_scale, blur=0.5 * blur)] * n_local
 
     # --- method
-    student = Network(drop_path).to(device)
+    student = Network(drop_path).to(device)  # the only network; named as in dino.py
     if init_state:
         student.backbone.load_state_dict(init_state)
-    pairs = [(u, v) for v in range(len(crops)) for u in range(min(v, 2))]  # one view of a pair is global
+    pairs = [(u, v) for v in range(len(crops)) for u in range(min(v, 2))]  # at least one view is global
     state = {"network": student}
     eval_backbone = student.backbone  # the one that is evaluated and exported
     # --- end method
@@ -172,7 +172,7 @@ if __name__ == "__main__":
     others = [p for p in student.parameters() if p.ndim < 2]  # biases and norms: without weight decay
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=base_lr, weight_decay=wd, fused=True)
-    state.update(optimizer=optimizer, data=fingerprint(data))  # resuming tells if the data has changed
+    state.update(optimizer=optimizer, data=fingerprint(data))  # resuming warns if the data has changed
     run = Run(__file__, config, steps, state, eval_backbone, device)  # state: what a checkpoint holds
     if run.start == 0:  # a new run, not a resumed one
         sample = batches(0)[:6]

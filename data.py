@@ -2,9 +2,9 @@
 
 A data set is `images` uint8 [n 3 s s] and `labels` int64 [n]. A view is a random crop, flip, colour jitter,
 grey, blur and solarize (BYOL's augmentation, 2006.07733 appendix B, as DINO uses it), every image with its
-own parameters. All random numbers of a step come from numpy's generator seeded with (seed, step), on the CPU:
-the same step gives the same views on every device, however many processes share the batch, and resuming needs
-no state.
+own parameters; only the order of the colour jitters is shared. A step's views depend on (seed, step) alone:
+numpy draws their parameters on the CPU, so they are the same on every device, however many processes share
+the batch, and resuming needs no state.
 
 Letters in shapes:  b images  n data set  s image side  v side of a view  i rows or columns of a view, j of an
 image
@@ -112,9 +112,9 @@ def batch_indices(n, batch_size, seed, step):
 
 
 def view_features(backbone, views):
-    """A ViT's [CLS] features "(v b) d" of views, a list of [b 3 s s]; those of one size go together.
+    """A ViT's [CLS] features [n d] of views, a list of [b 3 s s], one view after the other.
 
-    Drop path gets the random numbers that one process would draw for the whole batch.
+    Views of one size go through the ViT together. Drop path gets the random numbers that one process would draw for the whole batch.
     """
     features = []
     for _, same_size in groupby(views, key=lambda view: view.shape[-1]):
@@ -142,12 +142,12 @@ def multi_crop(images, crops, seed, step):
     for size in {crop.size for crop in crops}:
         mine = [v for v, crop in enumerate(crops) if crop.size == size]
         params = {k: torch.cat([drawn[v][k] for v in mine]) for k in drawn[0]}
-        order = rng.permutation(4)  # of the four jitters, one for the batch
+        order = rng.permutation(4)  # of the four jitters, one for all views of this size
         # in pieces that stay in a CPU core's cache
-        step_size = 64 if images.device.type == "cpu" else len(images) * len(mine)
+        piece_size = 64 if images.device.type == "cpu" else len(images) * len(mine)
         which = torch.arange(len(images)).repeat(len(mine))
         made = []
-        for piece in torch.arange(len(which)).split(step_size):
+        for piece in torch.arange(len(which)).split(piece_size):
             p = {k: value[piece] for k, value in params.items()}
             made.append(augment(images[to_device(which[piece], images.device)], p, order, size))
         views.update(zip(mine, torch.cat(made).chunk(len(mine)), strict=True))
@@ -219,10 +219,10 @@ def resized_crop(x, left, top, width, height, flip, size):
 
 
 def interpolation(start, length, size, side):
-    """[b size side]: the weight of a row's pixel j in pixel i of its piece, resized to `size`.
+    """[b size side]: the weight of input pixel j in output pixel i, when a piece of a row is resized.
 
-    The piece is [start, start + length). Keys' cubic kernel with a = -1/2, as wide as an output pixel where
-    that is larger than an input pixel.
+    The piece is [start, start + length), its new length `size`. Keys' cubic kernel with a = -1/2, as wide as
+    an output pixel where that is larger than an input pixel.
     """
     pixel = torch.arange(side, device=start.device) - start[:, None]  # [b j], from the piece's start
     scale = (length / size)[:, None, None]

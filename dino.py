@@ -6,7 +6,7 @@ The teacher is the exponential moving average (EMA) of the student, without grad
     P_t = softmax((sg Zt - center) / tau_t)    P_s = softmax(Zs / tau_s)    CE = H(P_t, P_s)
     L = mean of CE over pairs of different views, the teacher's and the student's
 
-As in the official code, except: L2 epsilon 1e-6 (there 1e-12); tau_t warms up only if below tau_s.
+Official code, apart from the defaults and: L2 epsilon 1e-6 (there 1e-12); tau_t warms up only if below tau_s.
 
     python dino.py --dataset=shapes                        a few minutes on two CPU cores
     python dino.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 + 6 x 16 pixels
@@ -34,7 +34,7 @@ data_dir = "data"  # where its files are, or are downloaded to
 out_dir = ""  # where the run writes; empty: out/<script>-<dataset>
 preset = ""  # a set of changed defaults, see PRESETS: small (shapes and stl10 apply with their data set)
 skip_bad_images = False  # in a folder, skip files that cannot be read, up to 1 %
-memory_gib = 8.0  # data sets up to this size stay on the device, larger ones are read ahead from disk [0..]
+memory_gib = 8.0  # data sets up to this size stay on the device; batches of larger ones are read ahead [0..]
 resume = False  # continue the run in out_dir
 init = ""  # weights to start from: a run, an export folder, a file of DINO's, DINOv2's or timm's
 seed = 0  # for the weights, data order and views [0..18446744073709551615]
@@ -176,7 +176,7 @@ def cosine(start, end, step, steps, warmup=0):
 
 
 if __name__ == "__main__":
-    config = configure(globals())  # the config line: from here on every option has its final value
+    config = configure(globals())  # command line and presets: from here on every option has its final value
     device, autocast = setup(device, dtype, seed)
     init_state = start_from(globals(), ViT) if init and not resume else None  # sets dim, depth ... too
     for size in (image_size, local_size):
@@ -206,7 +206,7 @@ if __name__ == "__main__":
     others = [p for p in student.parameters() if p.ndim < 2]  # biases and norms: without weight decay
     groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=base_lr, weight_decay=wd, fused=True)
-    state.update(optimizer=optimizer, data=fingerprint(data))  # resuming tells if the data has changed
+    state.update(optimizer=optimizer, data=fingerprint(data))  # resuming warns if the data has changed
     run = Run(__file__, config, steps, state, eval_backbone, device)  # state: what a checkpoint holds
     if run.start == 0:  # a new run, not a resumed one
         sample = batches(0)[:6]

@@ -182,7 +182,7 @@ class ViT(nn.Module):
         return self.norm(x)[:, 0]
 
     def layers(self, images, last=1):
-        """Normalised outputs [b n d] of the last `last` blocks, in order; nothing is dropped."""
+        """Normalised outputs [b n d] of the last `last` blocks, in order; without drop path."""
         x, outputs = self.tokens(images), []
         for block in self.blocks:
             x = block(x)

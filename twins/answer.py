@@ -15,6 +15,7 @@ from twins.sentences import (
     list_removals,
     main_measure,
     split_titles,
+    variants,
     when_yes,
 )
 from twins.studies import group_rows, measures, paired, read_rows
@@ -48,7 +49,8 @@ def answer(results, dataset):
         return dict.fromkeys(("answer", "results"), UNTRAINED)
     removals = best_removals(results, dataset)
     hybrids = {title: removals[title] for title in split_titles(removals)[0]}
-    rule = f"Change in {METRIC} (points) without each; it can go if its 95 % interval lies above -2. "
+    rule = f"Change in {METRIC} (points) without each; it can go if its uncorrected 95 % interval lies "
+    rule += "above -2. "
     random_settings = f" {compare_trials(search)}" if all(split_titles(search)) else ""
     first = {
         "Does CC give better features?": compare_models(models, main_measure(models)) + random_settings,
@@ -75,7 +77,7 @@ def answer(results, dataset):
         f'<img align="right" width="330" {picture}>',
         legend(models, dataset),
     )
-    studied = wrap(f"{when_yes(models)}Protocol, all studies, commands: [results](results/README.md).")
+    studied = wrap(f"{when_yes(models)} Protocol, all studies, commands: [results](results/README.md).")
     return {
         "answer": "\n\n".join([*parts, bullets(first)]) + "\n",
         "results": "\n\n".join([bullets(others), studied]) + "\n",
@@ -131,9 +133,10 @@ def legend(models, dataset):
     """What the numbers of the models study mean."""
     n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
     minutes = [row["seconds"] / 60 for rows in models.values() for row in rows]
+    drawn = f" ({variants(models)})" * bool(variants(models))
     return wrap(
-        f"{printed(dataset)}, {n} seed{'s' * (n > 1)} that no search used, each method with the best setting "
-        f"found, {budget:g} PFLOP ({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard "
+        f"{printed(dataset)}, {n} seed{'s' * (n > 1)}, each method with the best setting found{drawn}, "
+        f"{budget:g} PFLOP ({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard "
         "deviation in %; differences in points, paired by seed, with Student's 95 % interval. Figure: k-NN "
         "on held-out training images."
     )

@@ -34,7 +34,7 @@ class Split(NamedTuple):
     images: torch.Tensor  # uint8 [n 3 s s]
     labels: torch.Tensor | None  # int64 [n], -1 where there is none; None: a flat folder
     classes: list[str]
-    masks: torch.Tensor | None = None  # uint8 [n s s], 1 on the object; only `shapes` has them
+    masks: torch.Tensor | None = None  # [n s s]: uint8 from load(), `shapes` alone; int16 from load_masks()
     image_size: int = 0  # pixels that a network is evaluated with; 0: s
 
 

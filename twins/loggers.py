@@ -10,7 +10,7 @@ from twins.errors import UserError, first_line
 def start_logger(config):
     """A function that sends a row of log.jsonl to --logger. Raises UserError if that is not installed.
 
-    Without its server, say, the run goes on without it.
+    If it fails in another way, such as without its server, the run goes on without it.
     """
     name, out_dir = config["logger"], config["out_dir"]
     try:

@@ -39,8 +39,8 @@ def load_masks(dataset, data_dir, image_size, split="train", skip_bad_images=Fal
         return data._replace(labels=None, classes=["background", "object"], masks=data.masks.short())
     if dataset not in DATASETS:
         raise UserError(f"--dataset={dataset} has no masks: choose one of {', '.join(DATASETS)}")
-    names = {"folder": mask_folder, "voc2012": voc2012, "pet": pet, "imagenet_s": imagenet_s}
-    root, images, paths, classes, ids = names[dataset](Path(data_dir), split)
+    loaders = {"folder": mask_folder, "voc2012": voc2012, "pet": pet, "imagenet_s": imagenet_s}
+    root, images, paths, classes, ids = loaders[dataset](Path(data_dir), split)
     for image, mask in zip(images, paths, strict=True):
         if not os.path.isfile(mask):
             raise UserError(f"{image} has no mask: {mask} is not there")

@@ -19,6 +19,7 @@ from twins.studies import (
     paired,
     read_rows,
     sorted_trials,
+    trial_knn,
 )
 from twins.study_pictures import METRIC, best_figure, cost_figure, differences_figure
 
@@ -130,7 +131,7 @@ def collapsed_share(rows):
 def report_search(groups):
     lines, curves = [], {}
     for title, rows in groups.items():
-        values = [row["knn_init"] if row["collapsed"] else row["knn"] for row in rows]
+        values = [trial_knn(row) for row in rows]
         curves[title] = expected_best(values)
         sound, k = [row for row in rows if not row["collapsed"]], len(values)
         shown = [f"{100 * curves[title][n - 1]:.1f}" if n <= k else "" for n in (1, 4, 8, 16)]

@@ -59,7 +59,7 @@ class Run:
             Run.held = held.pop_all()
 
     def begin(self, held):
-        """Starts, or resumes: no file changes before the first row. `held` releases what is acquired."""
+        """Starts, or resumes, when no file changes before the first row; `held` releases what is acquired."""
         if rank() == 0:
             self.take_folder(held)
         if self.config["resume"]:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from twins.statistics import holm, sign_flip_p, t_interval, verdict
-from twins.studies import learned, measures, pair_with_full, paired, rank_fell
+from twins.studies import learned, measures, pair_with_full, paired, rank_fell, trial_knn
 from twins.study_pictures import METRIC
 
 SIGNIFICANT = 0.05
@@ -11,7 +11,7 @@ VERDICTS = ("one seed so far", "too little learned", "can go", "cannot go", "unc
 
 
 def compare(groups, measure):
-    """{(hybrid, single loss): (paired differences, Holm's p over all of these)}."""
+    """{(hybrid, single loss): (paired differences, Holm's p over all of these, of their mean)}."""
     hybrids, singles = split_titles(groups)
     found = {(h, s): paired(groups[h], groups[s], measure) for h in hybrids for s in singles}
     ps = holm([sign_flip_p(differences) for differences in found.values()])
@@ -23,40 +23,46 @@ def compare_models(models, measure):
     (hybrids, singles), found = split_titles(models), compare(models, measure)
     n = min(len(differences) for differences, _ in found.values())
 
-    def ahead(h, s, sign):
+    def significant(h, s, sign):
         differences, p = found[h, s]
         return p < SIGNIFICANT and sign * np.mean(differences) > 0
 
-    sides = [side([d for h in hybrids for d in found[h, s][0]], s) for s in singles]
-    if any(all(ahead(h, s, 1) for s in singles) for h in hybrids):
+    texts = [list_sides({s: found[h, s][0] for s in singles}) for h in hybrids]
+    if any(all(significant(h, s, 1) for s in singles) for h in hybrids):
         word = "Yes: "
-    elif any(all(ahead(h, s, -1) for h in hybrids) for s in singles):
+    elif any(all(significant(h, s, -1) for h in hybrids) for s in singles):
         word = "No: "
     else:
         word = ""
-    if not any(sides):
-        return f"Inconclusive with {n} seed{'s' * (n != 1)}."
-    sides = ", ".join(text or f"no clear difference from {s}" for text, s in zip(sides, singles, strict=True))
-    which = "both hybrids" if len(hybrids) > 1 else hybrids[0]
-    text = f"{sides} ({which}, {f'all {n} seeds' if n > 1 else 'one seed'})."
-    return word + (text if word else text[0].upper() + text[1:])
+    seeds = f"{n} seed{'s' * (n != 1)}"
+    if not any(" than " in text for text in texts):
+        return f"Inconclusive with {seeds}."
+    if len(set(texts)) == 1:
+        which = "both hybrids" if len(hybrids) > 1 else hybrids[0]
+        text = f"{texts[0]} ({which}, {seeds})."
+        return word + (text if word else text[0].upper() + text[1:])
+    return f"{word}{'; '.join(f'{h} {text}' for h, text in zip(hybrids, texts, strict=True))} ({seeds})."
 
 
-def side(differences, single):
-    """Better or worse, if all seeds of all hybrids agree, else ''."""
-    if differences and min(differences) > 0:
-        return f"better than {single}"
-    return f"worse than {single}" if differences and max(differences) < 0 else ""
+def list_sides(differences):
+    """{single loss: differences} -> "better than A, worse than B", where the 95 % interval leaves out 0."""
+    sides = {"better than": [], "worse than": [], "no clear difference from": []}
+    for single, found in differences.items():
+        low, high = t_interval(found)
+        side = "better than" if low > 0 else "worse than" if high < 0 else "no clear difference from"
+        sides[side].append(single)
+    return ", ".join(f"{side} {' and '.join(names)}" for side, names in sides.items() if names)
 
 
 def compare_trials(search):
     """In how many random settings each hybrid is better; in one trial, methods share the common options."""
-    wins, found = {}, compare(search, METRIC)
+    counted = {title: [{**row, "knn": trial_knn(row)} for row in rows] for title, rows in search.items()}
+    wins, found = {}, compare(counted, METRIC)
     for (hybrid, single), (differences, p) in found.items():
         wins.setdefault(single, []).append(f"{hybrid} in {sum(d > 0 for d in differences)} (p = {p:.3f})")
     n = min(len(differences) for differences, _ in found.values())
     ahead = "; ".join(f"ahead of {single}: {', '.join(texts)}" for single, texts in wins.items())
-    return f"In {n} random settings, {ahead}."
+    return f"In {n} random settings (failed ones as untrained; p of the mean), {ahead}."
 
 
 def compare_collapse(search):
@@ -72,11 +78,11 @@ def compare_collapse(search):
     def count(counts, ps):
         return ", ".join(f"{counts[title]} of {title}'s (p = {p:.3f})" for title, p in ps.items())
 
-    word = "Yes" if fewer and fewer_fell else "Fewer settings fail" if fewer else "Not shown"
+    word = "Yes" if fewer and fewer_fell else "Fewer settings fail" if fewer else "Not significant"
     return (
         f"{word}. Of {n} random settings at {budget:g} PFLOP, {collapsed['DINO']} of DINO's fail, "
         f"{count(collapsed, ps)}: final k-NN below that of random weights (possibly just slow learning), or "
-        f"RankMe below a quarter of theirs. By RankMe alone{', not shown' * (not fewer_fell)}: "
+        f"RankMe below a quarter of theirs. By RankMe alone{', not significant' * (not fewer_fell)}: "
         f"{fell['DINO']} of DINO's, {count(fell, rank_ps)}."
     )
 
@@ -96,7 +102,7 @@ def compare_attention(attention):
     if "p" not in test:
         return "not answered yet, that needs two seeds of each method."
     n = sum(attention["names"][group] in test["groups"] for group in attention["group_of_run"])
-    word = "yes, methods differ more than seeds" if test["p"] <= SIGNIFICANT else "not shown"
+    word = "yes" if test["p"] <= SIGNIFICANT else "not significant"
     return (
         f"{word}, {test['between']:.2f} bits between methods, {test['within']:.2f} between seeds of one "
         f"method, p = {test['p']:.2g}, {n} runs."
@@ -119,12 +125,12 @@ def list_removals(removals):
             name = "all at once" if name == "all" else name
             count = sum(row["collapsed"] for row in runs[label])
             share = f"{count} of {len(found)} " * (count < len(found))
-            collapsed = f" ({share}collapsed)" * bool(count)
-            lists.setdefault(word, []).append(f"{name} {100 * np.mean(found):+.1f}{collapsed}")
+            failed = f" ({share}failed)" * bool(count)
+            lists.setdefault(word, []).append(f"{name} {100 * np.mean(found):+.1f}{failed}")
         text = "; ".join(f"{word}: {', '.join(lists[word])}" for word in sorted(lists, key=VERDICTS.index))
         now, random = (100 * np.mean([row[name] for row in full]) for name in ("knn", "knn_init"))
         level = f"k-NN {now:.1f}, untrained {random:.1f}, {full[0]['budget']:g} PFLOP"
-        level += f", does without {', '.join(absent)} anyway" * bool(absent)
+        level += f", already without {', '.join(absent)}" * bool(absent)
         counts = sorted({len(found) for found in differences.values()})
         seeds = f"{' or '.join(map(str, counts))} seed{'s' * (counts[-1:] > [1])}"
         sentences += [f"{title} ({seeds}; {level}): {text}."] if differences else []
@@ -137,19 +143,20 @@ def when_yes(models):
     pairs, enough = len(hybrids) * len(singles), n
     while pairs * 2 / 2**enough > SIGNIFICANT:
         enough += 1
-    more = f": that takes {enough} seeds, with {n} no p is below {2 / 2**n:.2g}" * (enough > n)
-    return f"A yes or no needs p < {SIGNIFICANT} (paired sign-flip test, Holm){more}. {describe_cc(models)}"
+    more = f": {enough} seeds; with {n} no p is below {2 / 2**n:.2g}" * (enough > n)
+    return f"Except for attention, a yes or no needs p < {SIGNIFICANT} (paired sign-flip test, Holm){more}."
 
 
-def describe_cc(models):
-    """How the hybrids' settings differ from what README draws."""
-    settings = {title: rows[0]["setting"] for title, rows in models.items()}
-    two = [title for title, setting in settings.items() if setting.get("head") == "two"]
-    local = [
-        title for title, setting in settings.items() if setting.get("cc_local") and setting.get("n_local")
-    ]
-    sentences = f"CC has a projector of its own in {' and '.join(two)} (`--head=two`). " * bool(two)
-    return sentences + f"CC has local views in {' and '.join(local)} (`--cc_local=True`). " * bool(local)
+def variants(models):
+    """How the hybrids' settings differ from what README draws: "Hybrid A and Hybrid B: `--head=two`"."""
+    found = {}
+    for title, rows in models.items():
+        setting = rows[0]["setting"]
+        if setting.get("head") == "two":
+            found.setdefault("`--head=two`", []).append(title)
+        if setting.get("cc_local") and setting.get("n_local"):
+            found.setdefault("`--cc_local=True`", []).append(title)
+    return "; ".join(f"{' and '.join(titles)}: {option}" for option, titles in found.items())
 
 
 def main_measure(models):

@@ -97,6 +97,11 @@ def rank_fell(row):
     return row["rank"] < COLLAPSED_RANK * row["rank_init"]
 
 
+def trial_knn(row):
+    """A trial's k-NN accuracy; one that collapsed counts as its untrained network."""
+    return row["knn_init"] if row["collapsed"] else row["knn"]
+
+
 def sorted_trials(rows):
     """The trials that did not collapse, highest k-NN accuracy first."""
     return sorted((row for row in rows if not row["collapsed"]), key=lambda row: -row["knn"])
