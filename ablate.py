@@ -97,14 +97,17 @@ BY_HAND = {  # settings from before the search, one a method, that take part in 
 PFLOP = {"search": 0.016, "models": 0.2, "removal": 0.06}
 EVALUATIONS = {"search": 1, "models": 8, "removal": 2}  # besides that of the untrained network
 MONITOR = {"knn_bank": 5000, "knn_queries": 5000}
-SECOND, FRESH = 500, 1000  # seed of a second round; the first of models, removal. Searches: 0, 1, 2 ...
+LATER_ROUND_SEED, FRESH_SEED = 500, 1000  # of later search rounds; the first of models, removal
 
 
 def make_cells():
     """The runs of the study in order, each {script, label, seed, setting, budget, id}."""
-    folder, numbers, cells = search_dir, [SECOND] if search_dir else range(trials), []
+    folder, numbers, cells = search_dir, [LATER_ROUND_SEED] if search_dir else range(trials), []
     if study != "search":
-        folder, numbers = search_dir or f"results/search-{dataset}", range(FRESH, FRESH + seeds)
+        folder, numbers = (
+            search_dir or f"results/search-{dataset}",
+            range(FRESH_SEED, FRESH_SEED + seeds),
+        )
     searched = read_rows(folder) if folder else []
     if folder and not searched:
         if search_dir:

@@ -114,7 +114,8 @@ def batch_indices(n, batch_size, seed, step):
 def view_features(backbone, views):
     """A ViT's [CLS] features [n d] of views, a list of [b 3 s s], one view after the other.
 
-    Views of one size go through the ViT together. Drop path gets the random numbers that one process would draw for the whole batch.
+    Views of one size go through the ViT together. Drop path gets the random numbers that one process would
+    draw for the whole batch.
     """
     features = []
     for _, same_size in groupby(views, key=lambda view: view.shape[-1]):

@@ -34,18 +34,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, x, queries=None):
-        """x [b n d] -> queries (of the first `queries` tokens, if given), keys and values, [b h n c]."""
-        if queries is None:
+    def project(self, x, n_queries=None):
+        """x [b n d] -> queries (of the first `n_queries` tokens, if given), keys and values, [b h n c]."""
+        if n_queries is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
             weight, bias, dim = self.qkv.weight, self.qkv.bias, x.shape[-1]
-            q = F.linear(x[:, :queries], weight[:dim], bias[:dim])
+            q = F.linear(x[:, :n_queries], weight[:dim], bias[:dim])
             k, v = F.linear(x, weight[dim:], bias[dim:]).chunk(2, dim=-1)
         return [rearrange(tokens, "b n (h c) -> b h n c", h=self.heads) for tokens in (q, k, v)]
 
-    def forward(self, x, queries=None):
-        q, k, v = self.project(x, queries)
+    def forward(self, x, n_queries=None):
+        q, k, v = self.project(x, n_queries)
         if x.device.type == "cpu" and x.shape[1] <= FEW_TOKENS.get(q.dtype, 0):
             out = attention_weights(q, k).to(v.dtype) @ v
         else:
@@ -77,14 +77,14 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
         self.drop_path = drop_path
 
-    def forward(self, x, noise=None, queries=None):
-        """x [b n d] -> [b n d], or [b queries d]: the outputs of the first `queries` tokens alone.
+    def forward(self, x, noise=None, n_queries=None):
+        """x [b n d] -> [b n d], or [b n_queries d]: the outputs of the first `n_queries` tokens alone.
 
         noise: uniform random numbers [2 b] for drop path, which leaves a residual branch out for a whole
         image with probability `drop_path` (Huang et al., 1603.09382); None: nothing is left out.
         """
-        y = self.attn(self.norm1(x), queries)
-        x = x if queries is None else x[:, :queries]
+        y = self.attn(self.norm1(x), n_queries)
+        x = x if n_queries is None else x[:, :n_queries]
         x = x + (y if noise is None else y * self.keep(noise[0]))
         y = self.mlp(self.norm2(x))
         return x + (y if noise is None else y * self.keep(noise[1]))
@@ -178,7 +178,7 @@ class ViT(nn.Module):
             pairs = list(rearrange(noise, "(depth two) b -> depth two b", two=2))
         for block, pair in zip(self.blocks[:-1], pairs[:-1], strict=True):
             x = block(x, pair)
-        x = self.blocks[-1](x, pairs[-1], queries=1)  # only [CLS] of the last block is used
+        x = self.blocks[-1](x, pairs[-1], n_queries=1)  # only [CLS] of the last block is used
         return self.norm(x)[:, 0]
 
     def layers(self, images, last=1):

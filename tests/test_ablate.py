@@ -256,7 +256,7 @@ def test_the_second_round_has_the_best_of_the_first_and_one_by_hand(tmp_path, mo
     assert [cell["label"] for cell in cells] == ["trial 1", "trial 2", "by hand"]
     settings = [{"lambd": 0.5}, {"lambd": 0.4}, ablate.BY_HAND["barlow"]]
     assert [cell["setting"] for cell in cells] == settings
-    assert {cell["seed"] for cell in cells} == {ablate.SECOND}
+    assert {cell["seed"] for cell in cells} == {ablate.LATER_ROUND_SEED}
     write_rows(tmp_path, [row("barlow", cell["label"], 500, 0.3, setting=cell["setting"]) for cell in cells])
     monkeypatch.setattr(ablate, "trials", 1)
     monkeypatch.setattr(ablate, "changes", "n_local=0; wd=0.1 proj_dim=64")  # a third round
