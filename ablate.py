@@ -33,13 +33,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from twins.answer import write_answer
+from twins.answer import answer
 from twins.errors import ROOT, UserError
 from twins.files import only_writer, read_json
 from twins.jobs import default_slots, last_line, run_jobs, start
 from twins.keys import holds_run, parse
-from twins.reports import write_report
-from twins.result_tables import write_tables
+from twins.reports import fill, table_of, write_report
 from twins.settings import MECHANISMS, draw_setting, read_script, removals, with_changes
 from twins.studies import best_setting, finalists, read_rows, run_results, unfinished, write_rows
 
@@ -104,10 +103,8 @@ def make_cells():
     """The runs of the study in order, each {script, label, seed, setting, budget, id}."""
     folder, numbers, cells = search_dir, [LATER_ROUND_SEED] if search_dir else range(trials), []
     if study != "search":
-        folder, numbers = (
-            search_dir or f"results/search-{dataset}",
-            range(FRESH_SEED, FRESH_SEED + seeds),
-        )
+        folder = search_dir or f"results/search-{dataset}"
+        numbers = range(FRESH_SEED, FRESH_SEED + seeds)
     searched = read_rows(folder) if folder else []
     if folder and not searched:
         if search_dir:
@@ -231,8 +228,9 @@ if __name__ == "__main__":
     pflop = pflop or PFLOP[study]
     if report:
         write_report(out_dir, study)
-        write_answer(ROOT / "README.md", ROOT / "results")
-        sys.exit(write_tables(ROOT / "results" / "README.md"))
+        results = ROOT / "results"
+        fill(ROOT / "README.md", lambda part, name: answer(results, name)[part])
+        sys.exit(fill(results / "README.md", lambda _, name: table_of(results / name)))
     cells, slots = make_cells(), jobs or default_slots()
     with only_writer(out_dir):
         todo = unfinished(cells, study, out_dir, name_of)

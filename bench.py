@@ -5,7 +5,7 @@ all: 2 x 32 + 6 x 16 pixels (hybrid B 3 x 32). It runs in a process of its own, 
 `steps` that count.
 
     TFLOP/s = floating-point operations of a step's matrix products, attention's too / seconds of a step
-    of the limit = that / TFLOP/s of a large product in the same precision, the best seen so far
+    of the limit = that / TFLOP/s of a large product in the same precision, the best of twenty
 
     python bench.py                                                          on a GPU
     python bench.py --batch_size=32 --warmup=2 --steps=3 --compile=False     on a CPU
@@ -29,7 +29,7 @@ from twins.datasets import MEAN, STD
 from twins.errors import ROOT
 from twins.files import git_state, make_folder, read_json, write_file
 from twins.keys import parse
-from twins.processes import precision, setup
+from twins.processes import precision, product_speed, setup
 from twins.settings import read_script
 
 scripts = "dino,barlow,hybrid_a,hybrid_b"  # which ones
@@ -63,17 +63,6 @@ def measure(script, options, trace_file):
         return read_json(result) if result.exists() else None
 
 
-def product_speed(device, kind):
-    """FLOP/s of one large product of matrices of a dtype, the best of ten."""
-    n, times = 8192 if device.type == "cuda" else 2048, []
-    a, b = torch.randn(n, n, device=device, dtype=kind), torch.randn(n, n, device=device, dtype=kind)
-    for _ in range(10):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for it
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times)
-
-
 def table_row(row):
     """What the table shows of a row: a string for each of COLUMNS."""
     memory = f"{row['peak_gib']:.2f}" if "peak_gib" in row else ""
@@ -101,7 +90,7 @@ def time_scripts(report, device, options_of):
                 continue
             if compiled:  # operations are those of the same script without it
                 result["flop"] = next((row["flop"] for row in rows if row["script"] == script.stem), 0)
-            limit = max([product_speed(device, kind), *(row["limit"] for row in rows)])
+            limit = product_speed(device, kind, 8192 if device.type == "cuda" else 2048)
             rows.append({"script": script.stem, "compiled": compiled, "limit": limit, **result})
             print(f"| {title} | {' | '.join(table_row(rows[-1]))} |", flush=True)
             write_file(Path(out_dir) / "bench.json", json.dumps({**report, "rows": rows}, indent=1))

@@ -42,10 +42,7 @@ def training_split(data, knn_bank, knn_queries, batch_size):
         held = order[:0]
     kept = order[~torch.isin(order, held)]
     if batch_size > len(kept):
-        raise UserError(
-            f"--batch_size={batch_size} is larger than the {len(kept)} images to train on "
-            f"({n} less what is held out)"
-        )
+        raise UserError(f"--batch_size={batch_size} is larger than the {len(kept)} images to train on")
     return kept, labelled[len(held) :][:knn_bank], held[:knn_queries]
 
 
@@ -69,10 +66,7 @@ class Batches:
         gib = images[0].numel() * len(images) / 2**30
         self.pool = None if gib <= memory_gib else ThreadPoolExecutor(1)
         if self.pool:
-            print(
-                f"{gib:.3g} GiB of images, more than --memory_gib={memory_gib:g}: batches are read ahead",
-                flush=True,
-            )
+            print(f"{gib:.3g} GiB of images, more than --memory_gib={memory_gib:g}: read ahead", flush=True)
         self.images = images if self.pool else images.to(device)
         self.rows, self.batch_size, self.seed, self.device, self.ahead = kept, batch_size, seed, device, {}
 
@@ -190,10 +184,8 @@ def draw(b, side, crop, rng):
 def augment(images, p, order, size):
     """Images uint8 [b 3 s s] and the parameters `p` of draw() -> normalised views [b 3 size size]."""
     here = {k: to_device(value, images.device) for k, value in p.items()}
-    x = resized_crop(
-        from_bytes(images), here["left"], here["top"], here["width"], here["height"], here["flip"], size
-    )
-    x = x.clamp_(0, 1)  # bicubic weights overshoot
+    box = [here[name] for name in ("left", "top", "width", "height", "flip")]
+    x = resized_crop(from_bytes(images), *box, size).clamp_(0, 1)  # bicubic weights overshoot
     jitters = (brightness, contrast, saturation, hue)
     for jitter in (jitters[i] for i in order):
         x = jitter(x, here[jitter.__name__])
@@ -214,9 +206,8 @@ def resized_crop(x, left, top, width, height, flip, size):
     columns = interpolation(left, width, size, x.shape[-1])
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     rows = interpolation(top, height, size, x.shape[-2])
-    return torch.einsum(
-        "b y h, b c h x -> b c y x", rows, torch.einsum("b c h w, b x w -> b c h x", x, columns)
-    )
+    x = torch.einsum("b c h w, b x w -> b c h x", x, columns)
+    return torch.einsum("b y h, b c h x -> b c y x", rows, x)
 
 
 def interpolation(start, length, size, side):
@@ -265,11 +256,8 @@ def hue(x, turn):
     red, green, blue = x.unbind(1)
     value, low = x.amax(1), x.amin(1)
     chroma = value - low
-    sixth = torch.where(
-        value == red,
-        green - blue,
-        torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green),
-    )
+    sixth = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
+    sixth = torch.where(value == red, green - blue, sixth)
     sixth = sixth / chroma.clamp(min=1e-12) + 6 * turn[:, None, None]
     k = sixth[:, None] + constant((5.0, 3.0, 1.0), x.device, x.dtype)[:, None, None]
     k = k.remainder_(6)
@@ -293,6 +281,5 @@ def blur(x, sigma):
     source = (torch.arange(size, device=x.device)[:, None] + offset).abs()  # [i t]
     source = torch.where(source < size, source, 2 * (size - 1) - source)
     matrix = torch.einsum("b t, i t j -> b i j", taps, F.one_hot(source, size).to(x.dtype))
-    return torch.einsum(
-        "b y h, b c h x -> b c y x", matrix, torch.einsum("b c h w, b x w -> b c h x", x, matrix)
-    )
+    x = torch.einsum("b c h w, b x w -> b c h x", x, matrix)
+    return torch.einsum("b y h, b c h x -> b c y x", matrix, x)

@@ -50,40 +50,26 @@ device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "auto"  # of the backbone; auto: bfloat16 where it is faster [float32|bfloat16|float64]
 
 # as the training scripts have it, for --ckpt=random
-PRESETS = {
-    "shapes": {"dim": 64, "depth": 3, "heads": 2},
-    "stl10": {"image_size": 96, "patch_size": 8},
-}
+PRESETS = {"shapes": {"dim": 64, "depth": 3, "heads": 2}, "stl10": {"image_size": 96, "patch_size": 8}}
 
 
 @torch.no_grad()
-def extract(backbone, x, autocast):
-    """Normalised images [b 3 s s] -> {protocol: features [b d]} of the linear protocols."""
-    with autocast:
-        layers = [to_float32(layer) for layer in backbone.layers(x, last=4)]
-    cls = [layer[:, 0] for layer in layers]
-    mean_patch = layers[-1][:, backbone.num_prefix_tokens :].mean(1)
-    return {
-        "linear": cls[-1],
-        "linear4": torch.cat(cls, 1),
-        "linear_avg": torch.cat([cls[-1], mean_patch], 1),
-    }
-
-
-def extract_all(backbone, images, device, autocast, what):
+def extract(backbone, images, device, autocast, what):
     """Images uint8 [n 3 s s] -> {protocol: features [n d]}; torchrun's processes share the work.
 
     Raises UserError for features that are not finite.
     """
-    images, chunks = shard(images), []
-    with tqdm(total=len(images), desc=f"features of {what}", unit=" images", delay=1) as bar:
-        for chunk in images.split(500):
-            chunks.append(extract(backbone, normalise(from_bytes(chunk.to(device))), autocast))
-            bar.update(len(chunk))
-    features = {name: gather(torch.cat([chunk[name] for chunk in chunks])) for name in chunks[0]}
-    if not all(x.isfinite().all() for x in features.values()):
+    chunks = []
+    for chunk in tqdm(shard(images).split(500), f"features of {what}", unit="batch", delay=1):
+        with autocast:
+            layers = backbone.layers(normalise(from_bytes(chunk.to(device))), last=4)
+        layers = [to_float32(layer) for layer in layers]
+        mean_patch = layers[-1][:, backbone.num_prefix_tokens :].mean(1)
+        chunks.append(torch.stack([*(layer[:, 0] for layer in layers), mean_patch], dim=1))
+    x = gather(torch.cat(chunks))  # [n l d]: [CLS] of the last blocks, the mean patch
+    if not x.isfinite().all():
         raise UserError("the features are not finite: the run has diverged")
-    return features
+    return {"linear": x[:, -2], "linear4": x[:, :-1].flatten(1), "linear_avg": x[:, -2:].flatten(1)}
 
 
 def augment(images, rng):
@@ -115,11 +101,10 @@ def table(results):
     """The results as lines of a Markdown table, accuracies in %."""
     lines = ["| protocol | selected | held out | top-1 [95 % interval] | top-5 |", "|---|---|---:|---:|---:|"]
     for name, result in results.items():
-        option, value = next(iter(result["selected"].items()))
-        held_out, top1, top5 = (
-            f"{100 * share:.1f}" for share in (result["selected"]["held_out"], result["top1"], result["top5"])
-        )
-        low, high = (f"{100 * share:.1f}" for share in result["interval95"])
+        selected = result["selected"]
+        option, value = next(iter(selected.items()))
+        shares = (selected["held_out"], result["top1"], *result["interval95"], result["top5"])
+        held_out, top1, low, high, top5 = (f"{100 * share:.1f}" for share in shares)
         lines.append(f"| {name} | {option} {value:g} | {held_out} | {top1} [{low}, {high}] | {top5} |")
     return lines
 
@@ -134,8 +119,8 @@ if __name__ == "__main__":
     check_size(image_size, backbone.patch_size)
     file = output_folder(config, ckpt, dataset) / "eval_linear.json"
     train, test = load_labelled(dataset, data_dir, image_size)
-    features = extract_all(backbone, train.images, device, autocast, "training images")
-    test_features = extract_all(backbone, test.images, device, autocast, "test images")
+    features = extract(backbone, train.images, device, autocast, "training images")
+    test_features = extract(backbone, test.images, device, autocast, "test images")
     if rank():
         sys.exit()  # rank 0 alone trains the probes
     labels, test_labels = train.labels.to(device), test.labels.to(device)

@@ -142,9 +142,7 @@ class ViT(nn.Module):
         """What timm's VisionTransformer(**timm_args) needs to build the same network."""
         args = {"img_size": self.args["image_size"], "patch_size": self.patch_size, "num_classes": 0}
         args.update(embed_dim=self.dim, depth=len(self.blocks), num_heads=self.args["heads"])
-        if self.args["registers"]:
-            args.update(reg_tokens=self.args["registers"])
-        return args
+        return {**args, "reg_tokens": self.args["registers"]}
 
     def positions(self, y, x):
         """Position embeddings of [CLS], registers and a grid of y x x patches: [1 n d]."""

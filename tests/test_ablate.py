@@ -16,13 +16,11 @@ import pytest
 
 import ablate
 from conftest import ROOT, launch
-from twins.answer import BLOCK, answer, write_answer
+from twins.answer import answer
 from twins.errors import UserError
 from twins.files import write_file
 from twins.jobs import run_jobs
-from twins.reports import read_attention, report_study, write_report
-from twins.result_tables import BLOCK as TABLE
-from twins.result_tables import table_of
+from twins.reports import BLOCK, fill, read_attention, report_study, table_of, write_report
 from twins.sentences import compare_models, compare_trials
 from twins.settings import draw_setting, read_script, removals, toggle
 from twins.statistics import sign_flip_p, t_interval
@@ -416,7 +414,7 @@ def test_the_readmes_figures_are_those_of_the_rows():
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
     assert [part for part, _, _ in blocks] == ["answer", "results"]
     for part, name, text in blocks:
-        assert text == answer(ROOT / "results", name)[part]
+        assert text == answer(ROOT / "results", name)[part] + "\n"
     studies = [path.parent for path in ROOT.glob("results/*/rows.jsonl") if "pilot" not in path.parent.name]
     assert studies
     for folder in studies:
@@ -425,9 +423,13 @@ def test_the_readmes_figures_are_those_of_the_rows():
         assert (folder / "README.md").read_text() == page["README.md"]
         assert all((folder / name).exists() for name in page)
     page = (ROOT / "results" / "README.md").read_text()
-    tables = TABLE.findall(page)
-    assert [file for file, _ in tables] == ["attention-ecssd.json", "segmentation-ecssd.json", "probes.json"]
-    for file, text in tables:
+    tables = BLOCK.findall(page)
+    assert [file for _, file, _ in tables] == [
+        "attention-ecssd.json",
+        "segmentation-ecssd.json",
+        "probes.json",
+    ]
+    for _, file, text in tables:
         assert text == table_of(ROOT / "results" / file) + "\n"
 
 
@@ -474,7 +476,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
         "<!-- results cifar10 -->\nold\n<!-- end results -->\n"
     )
     for _ in range(2):
-        write_answer(readme, tmp_path)
+        fill(readme, lambda part, name: answer(tmp_path, name)[part])
     text = " ".join(readme.read_text().split())
     assert text.startswith("above <!-- answer") and text.endswith("-- end results -->")
     assert "-- end answer --> below <!-- results cifar10 --> - **Is training" in text

@@ -318,13 +318,15 @@ def test_bfloat16_is_the_default_only_where_a_cpu_is_faster_in_it(monkeypatch, h
     """An Intel Xeon with avx512_bf16 but without AMX takes 1.9 times as long as in float32."""
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: bool(has_it), raising=False)
-    monkeypatch.setattr(processes, "product_seconds", {torch.bfloat16: ratio, torch.float32: 1.0}.get)
+    speeds = {torch.bfloat16: 1 / ratio, torch.float32: 1.0}
+    monkeypatch.setattr(processes, "product_speed", lambda device, dtype, n: speeds[dtype])
     with processes.setup("cpu", "auto", 0)[1]:
         assert torch.is_autocast_enabled("cpu") == expected
 
 
 def test_a_product_is_timed_once():
-    assert 0 < processes.product_seconds(torch.float32) == processes.product_seconds(torch.float32)
+    first, second = (processes.product_speed(torch.device("cpu"), torch.float32, 64) for _ in range(2))
+    assert 0 < first == second
 
 
 @pytest.mark.parametrize("device", gpu)

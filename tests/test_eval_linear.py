@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from conftest import ROOT, launch, tiny
-from eval_linear import extract, extract_all
+from eval_linear import extract
 from test_run import refused
 from twins.backbones import load_backbone
 from twins.datasets import load
@@ -40,7 +40,7 @@ def random_features():
     vit, sets = ViT(32, 4, 48, 2, 2).eval(), []
     for split, n in (("train", 3000), ("test", 2000)):
         data = load("shapes", "", 32, split)
-        sets += [extract_all(vit, data.images[:n], CPU, FLOAT32, split), data.labels[:n]]
+        sets += [extract(vit, data.images[:n], CPU, FLOAT32, split), data.labels[:n]]
     return sets
 
 
@@ -164,7 +164,7 @@ class Registers(torch.nn.Module):
 
 
 def test_registers_are_no_patches():
-    features = extract(Registers(), torch.zeros(3, 3, 8, 8), FLOAT32)
+    features = extract(Registers(), torch.zeros(3, 3, 8, 8, dtype=torch.uint8), CPU, FLOAT32, "")
     assert features["linear_avg"].tolist() == [[1, 1, 5, 5]] * 3
     assert features["linear4"].tolist() == [[1] * 8] * 3
 

@@ -198,7 +198,7 @@ def test_evaluation_shares_the_images(script, tmp_path, monkeypatch):
     vit, images = ViT(8, 4, 12, 1, 2).eval(), torch.randint(256, (10, 3, 8, 8), dtype=torch.uint8)
     cpu, off = torch.device("cpu"), torch.autocast("cpu", enabled=False)
     look = {
-        "eval_linear": lambda: eval_linear.extract_all(vit, images, cpu, off, "")["linear_avg"],
+        "eval_linear": lambda: eval_linear.extract(vit, images, cpu, off, "")["linear_avg"],
         "attn_viz": lambda: attention.attend(vit, images, cpu, off)[0],
         "seg_transfer": lambda: seg_transfer.cached_tokens(vit, images, cpu, off, ""),
     }[script]

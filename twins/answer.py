@@ -1,10 +1,8 @@
 """The answer in README.md: a sentence for each question, a table and a figure, from the rows in results/."""
 
-import re
 import textwrap
 
-from twins.errors import UserError
-from twins.files import read_json, write_file
+from twins.files import read_json
 from twins.pictures import printed
 from twins.reports import points, read_attention, spreads, table
 from twins.sentences import (
@@ -21,29 +19,14 @@ from twins.sentences import (
 from twins.studies import group_rows, measures, paired, read_rows
 from twins.study_pictures import METRIC
 
-BLOCK = re.compile(r"<!-- (answer|results) (\S+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
-UNTRAINED = "Not answered yet: the best settings of the search have not been trained on fresh seeds.\n"
-
-
-def write_answer(readme, results):
-    """Replaces README.md's text between <!-- answer DATASET --> and <!-- end answer -->, and of "results".
-
-    results: the folder of search-DATASET, models-DATASET, removal-DATASET.
-    """
-    text = readme.read_text(encoding="utf-8")
-    if not BLOCK.search(text):
-        raise UserError(f"{readme} has no lines <!-- answer DATASET --> and <!-- end answer -->")
-
-    def replace(block):
-        part, dataset, _ = block.groups()
-        return f"<!-- {part} {dataset} -->\n{answer(results, dataset)[part]}<!-- end {part} -->"
-
-    write_file(readme, BLOCK.sub(replace, text))
-    print(f"wrote {readme}")
+UNTRAINED = "Not answered yet: the best settings of the search have not been trained on fresh seeds."
 
 
 def answer(results, dataset):
-    """Markdown: {"answer": table, figure, the two questions; "results": the other questions, the studies}."""
+    """Markdown: {"answer": table, figure, the two questions; "results": the other questions, the studies}.
+
+    results: the folder of search-DATASET, models-DATASET, removal-DATASET.
+    """
     search, models = (group_rows(read_rows(results / f"{s}-{dataset}")) for s in ("search", "models"))
     if search.keys() - models.keys() or not all(split_titles(models)):  # some methods alone are no comparison
         return dict.fromkeys(("answer", "results"), UNTRAINED)
@@ -72,16 +55,10 @@ def answer(results, dataset):
         others["Do attention maps differ?"] = " ".join(found)
     floor = random_weights(results / f"models-{dataset}")
     picture = f'src="results/models-{dataset}/cost.png" alt="k-NN against PFLOP, {printed(dataset)}"'
-    parts = (
-        overview(search, models, floor),
-        f'<img align="right" width="330" {picture}>',
-        legend(models, dataset),
-    )
-    studied = wrap(f"{when_yes(models)} Protocol, all studies, commands: [results](results/README.md).")
-    return {
-        "answer": "\n\n".join([*parts, bullets(first)]) + "\n",
-        "results": "\n\n".join([bullets(others), studied]) + "\n",
-    }
+    picture = f'<img align="right" width="330" {picture}>'
+    parts = [overview(search, models, floor), picture, legend(models, dataset), bullets(first)]
+    studied = f"{when_yes(models)} Protocol, all studies, commands: [results](results/README.md)."
+    return {"answer": "\n\n".join(parts), "results": f"{bullets(others)}\n\n{wrap(studied)}"}
 
 
 def bullets(answers):
@@ -101,11 +78,8 @@ def best_removals(results, dataset):
     for folder in folders_of(results, "removal", dataset):
         for title, rows in group_rows(read_rows(folder)).items():
             found.setdefault(title, []).append(rows)
-
-    def size(rows):
-        return len(rows), rows[0]["budget"]
-
-    return {title: max(rows, key=size) for title, rows in found.items()}
+    size = lambda rows: (len(rows), rows[0]["budget"])
+    return {title: max(studies, key=size) for title, studies in found.items()}
 
 
 def same_settings(results, dataset):
@@ -163,9 +137,8 @@ def overview(search, models, floor):
     for title, runs in models.items():
         trials = search.get(title, [])
         pairs = [[] if title == single else paired(runs, models[single], main) for single in singles]
-        differences = [
-            "{} [{}]".format(*points(found)).replace(" to ", ", ") if found else "" for found in pairs
-        ]
+        texts = ["{} [{}]".format(*points(found)) if found else "" for found in pairs]
+        differences = [text.replace(" to ", ", ") for text in texts]
         collapsed = f"{sum(row['collapsed'] for row in trials)} of {len(trials)}" if trials else ""
         lines.append([title, *spreads(runs, [main]), *differences, *spreads(runs, others), collapsed])
     if floor:

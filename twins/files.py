@@ -5,7 +5,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import subprocess
@@ -80,37 +79,35 @@ def read_json(path):
     raise UserError(f"{path} cannot be read ({problem})")
 
 
-def read_log(path):
-    """A log's rows, dicts with `step`; the last may be cut off. Raises UserError for another broken line."""
+def read_json_lines(path, is_sound, cut_off=False):
+    """A file's lines of JSON for which is_sound(row); `cut_off`: the last may be broken. [] without the file.
+
+    Raises UserError for another broken line.
+    """
+    rows = []
     try:
-        lines, rows = path.read_text(errors="replace").splitlines() if path.exists() else [], []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    for i, line in enumerate(lines):
+    for i, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            rows.append(read_row(line, {"step": int}, f"line {i + 1} of {path}"))
-        except UserError:
-            if i < len(lines) - 1:
-                raise
+            row = json.loads(line)
+            json.dumps(row, allow_nan=False)  # NaN is no number of ours: ValueError
+            sound = is_sound(row)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            sound = False
+        if sound:
+            rows.append(row)
+        elif not cut_off or i < len(lines):
+            raise UserError(f"line {i} of {path} is broken: fix or remove it")
     return rows
 
 
-def read_row(line, kinds, where):
-    """A line of JSON as a dict whose values have these {name: type}. Raises UserError for anything else."""
-    try:
-        row = json.loads(line, parse_constant=int, parse_float=finite)  # NaN is no number of ours: ValueError
-        if all(type(row[name]) is kind for name, kind in kinds.items()):
-            return row
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise UserError(f"{where} is broken: fix or remove it")
-
-
-def finite(text):
-    """A float. Raises ValueError for 1e999."""
-    if math.isinf(number := float(text)):
-        raise ValueError
-    return number
+def read_log(path):
+    """A log's rows, dicts with `step`; the last may be cut off. Raises UserError for another broken line."""
+    return read_json_lines(path, lambda row: type(row["step"]) is int, cut_off=True)
 
 
 def sha256(content):

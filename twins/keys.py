@@ -259,8 +259,7 @@ def saved_options(out_dir, script_name, options):
         raise UserError(
             f"{out_dir} holds a run of {saved['script']}.py, not of {script_name}.py: give another --out_dir"
         )
-    config = {key: saved["config"][key] for key in options if key in saved["config"]}
-    config = {key: convert(key, options[key], value) for key, value in config.items()}
+    config = {key: convert(key, options[key], x) for key, x in saved["config"].items() if key in options}
     try:
         beside = read_json(out_dir / "config.json")
     except UserError as error:

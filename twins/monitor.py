@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from twins.datasets import from_bytes, normalise, resize
 from twins.errors import UserError
-from twins.processes import gather, global_mean, shard, to_float32, world
+from twins.processes import gather, global_mean, shard, to_float32
 
 COLLAPSED_RANK = 0.25  # a RankMe below this share of random weights' is a collapse
 
@@ -19,15 +19,13 @@ def features(backbone, images, indices, device, autocast, batch_size=500, size=0
     """[CLS] features float32 [m d] of the images uint8 [n 3 s s] at indices int64 [m], resized to `size`."""
     was_training, chunks = backbone.training, []
     backbone.eval()
-    with tqdm(total=len(indices), desc="k-NN features", unit=" images", leave=False, delay=3) as bar:
-        for chunk in shard(indices).split(batch_size):
-            pixels = images[chunk]
-            if size and size != pixels.shape[-1]:
-                pixels = resize(pixels, size, "bicubic")
-            with autocast:
-                z = backbone(normalise(from_bytes(pixels.to(device))))
-            chunks.append(to_float32(z))
-            bar.update(len(chunk) * world())
+    for chunk in tqdm(shard(indices).split(batch_size), "k-NN features", unit="batch", leave=False, delay=3):
+        pixels = images[chunk]
+        if size and size != pixels.shape[-1]:
+            pixels = resize(pixels, size, "bicubic")
+        with autocast:
+            z = backbone(normalise(from_bytes(pixels.to(device))))
+        chunks.append(to_float32(z))
     backbone.train(was_training)
     return gather(torch.cat(chunks))
 
@@ -125,7 +123,5 @@ def correlation_meters(z1, z2):
     z1, z2 = (z - global_mean(z.mean(0)) for z in (z1, z2))
     z1, z2 = (z / (global_mean(z.square().mean(0)) + 1e-6).sqrt() for z in (z1, z2))
     c, d = global_mean(z1.T @ z2 / len(z1)), z1.shape[1]
-    return {
-        "c_diag": c.diagonal().mean(),
-        "c_off": (c.abs().sum() - c.diagonal().abs().sum()) / max(d * d - d, 1),
-    }
+    off = c.abs().sum() - c.diagonal().abs().sum()
+    return {"c_diag": c.diagonal().mean(), "c_off": off / max(d * d - d, 1)}

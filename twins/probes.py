@@ -49,14 +49,8 @@ def fit(x, labels, penalty, probe):
     the loss by less than 1e-5 nats, or after 200 steps.
     """
     weight, bias = (parameter.clone().requires_grad_() for parameter in probe)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=200,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-5,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
+    options = {"max_iter": 200, "tolerance_grad": 1e-6, "tolerance_change": 1e-5, "history_size": 10}
+    optimizer = torch.optim.LBFGS([weight, bias], **options, line_search_fn="strong_wolfe")
 
     def loss_and_gradient():
         optimizer.zero_grad()

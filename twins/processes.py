@@ -38,9 +38,8 @@ def setup(device, dtype, seed):
     """
     torch.manual_seed(seed)
     if device == "auto":
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
     if device == "cuda" and under_torchrun():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -85,19 +84,19 @@ def bfloat16_is_faster(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch's own; not documented
     if device.type == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in names):
-        return product_seconds(torch.bfloat16) < product_seconds(torch.float32)
+        return product_speed(device, torch.bfloat16, 512) > product_speed(device, torch.float32, 512)
     return False
 
 
 @functools.cache
-def product_seconds(dtype):
-    """The shortest of 20 matrix products, 512 x 512, on the CPU; the same answer for a whole run."""
-    x, seconds = torch.ones(512, 512, dtype=dtype), []
+def product_speed(device, dtype, n):
+    """FLOP/s of a product of n x n matrices, the best of 20; the same answer for a whole run."""
+    x, seconds = torch.linspace(-1, 1, n * n, device=device).to(dtype).view(n, n), []
     for _ in range(20):
         start = time.perf_counter()
-        x @ x
+        (x @ x)[0, 0].item()  # waits for it
         seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return 2 * n**3 / min(seconds)
 
 
 def leave_group():

@@ -1,5 +1,6 @@
-"""The page of a study: tables and figures made from its rows alone."""
+"""The page of a study: tables and figures made from its rows alone; the blocks of other pages."""
 
+import re
 from itertools import combinations
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from twins.studies import (
 )
 from twins.study_pictures import METRIC, best_figure, cost_figure, differences_figure
 
+BLOCK = re.compile(r"<!-- (\w+) (\S+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
 PROTOCOL = {
     "search": "Random settings from the space in ablate.py, the same number for every method. For expected "
     "and best k-NN a trial that collapsed counts as its untrained network.",
@@ -150,26 +152,18 @@ def report_later_round(groups):
             measured = [f"{100 * row['knn']:.1f}", f"{row['rank']:.1f}", "yes" if row["collapsed"] else "no"]
             untrained = [f"{100 * row['knn_init']:.1f}", f"{row['rank_init']:.1f}"]
             lines.append([title, row["label"], row["steps"], *measured, *untrained])
-    columns = [
-        "method",
-        "setting",
-        "steps",
-        METRIC,
-        "RankMe",
-        "collapsed",
-        "k-NN, untrained",
-        "RankMe, untrained",
-    ]
+    columns = ["method", "setting", "steps", METRIC, "RankMe", "collapsed"]
+    columns += ["k-NN, untrained", "RankMe, untrained"]
     return [table(columns, lines), *best_settings(groups)], {}
 
 
 def best_settings(groups):
     """A list of the settings of the best trials, as options, of the methods that have one."""
-    lines = [
-        f"- {title}: `{' '.join(f'--{name}={value}' for name, value in row['setting'].items())}`"
-        for title, rows in groups.items()
-        for row in sorted_trials(rows)[:1]
-    ]
+    lines = []
+    for title, rows in groups.items():
+        for row in sorted_trials(rows)[:1]:
+            words = " ".join(f"--{name}={value}" for name, value in row["setting"].items())
+            lines.append(f"- {title}: `{words}`")
     return ["Best settings:", "\n".join(lines)] if lines else []
 
 
@@ -226,3 +220,34 @@ def differences_table(name, panel, runs=None):
         lines.append(line)
     columns = [name, "pairs", "points", "95 % interval", "p", "p (Holm)"]
     return table(columns + (["collapsed (95 %)", "verdict"] if runs else []), lines)
+
+
+def fill(page, text_of):
+    """Replaces the text of a page from <!-- KIND NAME --> to <!-- end KIND --> by text_of(KIND, NAME)."""
+
+    def replace(block):
+        kind, name, _ = block.groups()
+        return f"<!-- {kind} {name} -->\n{text_of(kind, name)}\n<!-- end {kind} -->"
+
+    write_file(page, BLOCK.sub(replace, page.read_text(encoding="utf-8")))
+    print(f"wrote {page}")
+
+
+def table_of(file):
+    """Markdown of attention.json, of seg_transfer.json, or of a list of probes: {"probes": [...]}."""
+    found, lines = read_json(file), []
+    if "probes" in found:  # top-1 accuracies in %, and ours - scikit-learn's
+        for row in found["probes"]:
+            lines.append([*row.values(), f"{row['ours'] - row['scikit-learn']:+.1f}"])
+        return table([*found["probes"][0], "difference"], lines)
+    if "runs" not in found:
+        for name, result in found["results"].items():
+            lines.append([name, f"{100 * result['miou']:.1f}", f"{100 * result['pixel_accuracy']:.1f}"])
+        return table(["linear head on", "mIoU", "pixel accuracy"], lines)
+    for name in found["names"]:  # means over heads and images, then over runs
+        runs = [run for run in found["runs"] if run["group"] == name]
+        means = [np.mean([run[column] for run in runs]) for column in ("mass_over_area", "entropy_bits")]
+        lines.append([printed(name), *(f"{mean:.2f}" for mean in means)])
+    images, uniform = f"{found['images']} photographs", found["runs"][0]["entropy_uniform"]
+    columns = [f"{images}, {found['image_size']} pixels", "mass on the object / its area"]
+    return table([*columns, f"entropy, bits (uniform {uniform:.2f})"], lines)

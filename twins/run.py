@@ -60,8 +60,11 @@ class Run:
 
     def begin(self, held):
         """Starts, or resumes, when no file changes before the first row; `held` releases what is acquired."""
-        if rank() == 0:
-            self.take_folder(held)
+        if rank() == 0:  # other runs keep out of the folder until this one ends
+            hint = "give another --out_dir; to share a run, start its processes with torchrun"
+            held.enter_context(only_writer(self.dir, hint))
+            if not self.config["resume"]:
+                refuse_run(self.dir)  # again: another run may have ended there meanwhile
         if self.config["resume"]:
             self.restore()
         self.logger = start_logger(self.config) if rank() == 0 else None
@@ -80,13 +83,6 @@ class Run:
             if signal.getsignal(number) != signal.SIG_IGN and in_main_thread:  # nohup ignores SIGHUP
                 self.handlers[number] = signal.signal(number, self.on_signal)
                 held.callback(signal.signal, number, self.handlers[number])
-
-    def take_folder(self, held):
-        """Keeps other runs out of the folder until this one ends."""
-        hint = "give another --out_dir; to share a run, start its processes with torchrun"
-        held.enter_context(only_writer(self.dir, hint))
-        if not self.config["resume"]:
-            refuse_run(self.dir)  # again: another run may have ended there meanwhile
 
     def describe(self):
         self.write("config.json", self.about)

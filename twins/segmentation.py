@@ -26,9 +26,8 @@ class Head(nn.Module):
         self.norm, self.conv, self.size = nn.BatchNorm2d(dim), nn.Conv2d(dim, classes, 1), size
 
     def forward(self, x):
-        return F.interpolate(
-            self.conv(self.norm(to_float32(x))), size=(self.size, self.size), mode="bilinear"
-        )
+        scores = self.conv(self.norm(to_float32(x)))
+        return F.interpolate(scores, size=(self.size, self.size), mode="bilinear")
 
 
 class Finetuned(nn.Module):

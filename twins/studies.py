@@ -5,7 +5,7 @@ from itertools import chain
 from pathlib import Path
 
 from twins.errors import UserError
-from twins.files import read_json, read_log, read_row, write_file
+from twins.files import read_json, read_json_lines, read_log, write_file
 from twins.monitor import COLLAPSED_RANK
 from twins.pictures import NAMES, printed
 from twins.settings import MECHANISMS
@@ -20,27 +20,21 @@ LABELS = {"search": ["trial", "by hand"], "models": ["full"], "removal": ["full"
 
 def read_rows(folder):
     """The rows of a study's finished runs, a list of dicts; [] if there are none yet. Raises UserError."""
-    file, rows = Path(folder) / "rows.jsonl", []
-    seen = set()
-    for i, line in enumerate(file.read_text(errors="replace").splitlines() if file.exists() else []):
-        if line.strip():
-            where = f"line {i + 1} of {file}"
-            row = read_row(line, KINDS, where)
-            if not has_numbers(row["curve"], row.get("test", {})):
-                raise UserError(f"{where} is broken: fix or remove it")
-            if (cell := (row["script"], row["label"], row["seed"])) in seen:
-                raise UserError(f"{where} repeats the run {' '.join(map(str, cell))}: remove one")
-            rows.append(row)
-            seen.add(cell)
+    file, seen = Path(folder) / "rows.jsonl", set()
+    rows = read_json_lines(file, is_sound)
+    for row in rows:
+        if (cell := (row["script"], row["label"], row["seed"])) in seen:
+            raise UserError(f"{file} repeats the run {' '.join(map(str, cell))}: remove one")
+        seen.add(cell)
     return rows
 
 
-def has_numbers(curve, tests):
-    """Whether a row's curve is a list of pairs of numbers, not an empty one, and its tests {name: number}."""
-    pairs = all(isinstance(point, list) and len(point) == 2 for point in curve)
-    if not (curve and pairs and isinstance(tests, dict)):
-        return False
-    return all(isinstance(value, int | float) for value in (*chain(*curve), *tests.values()))
+def is_sound(row):
+    """Whether a row has all of KINDS, a curve of pairs of numbers, and in `test`, if any, numbers alone."""
+    numbers = [*chain(*row["curve"]), *row.get("test", {}).values()]
+    pairs = row["curve"] and all(len(point) == 2 for point in row["curve"])
+    kinds = all(type(row[name]) is kind for name, kind in KINDS.items())
+    return pairs and kinds and all(isinstance(number, int | float) for number in numbers)
 
 
 def write_rows(folder, rows):

@@ -130,10 +130,8 @@ def read_tensors(path):
         model_args = about.get("model_args")
         if isinstance(model_args, dict) and type(model_args.get("num_heads")) is int:
             known["heads"] = model_args["num_heads"]
-        for name in ("script", "step", "dataset", "data_dir", "seed"):
-            if name in about:
-                known[name] = about[name]
-        known["sha256"] = about.get("sha256")
+        names = ("script", "step", "dataset", "data_dir", "seed", "sha256")
+        known.update({name: about[name] for name in names if name in about})
     if not file.is_file():  # a FIFO would block
         raise UserError(f"{file} is not a file")
     if file.suffix == ".safetensors":
