@@ -264,6 +264,14 @@ def test_arguments_of_multi_node_training_load(model, tmp_path, monkeypatch):
         assert loaded(tmp_path / "weights.pth")[1]["network"] == "teacher"
 
 
+def test_a_large_file_is_read_once(model, tmp_path, monkeypatch):
+    torch.save(model.state_dict(), tmp_path / "mae.pth")
+    loads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **options: loads.append(args) or load(*args, **options))
+    loaded(tmp_path / "mae.pth")
+    assert len(loads) == 1
+
+
 def test_no_code_of_a_file_is_run(model, tmp_path):
     class Evil:
         def __reduce__(self):

@@ -165,12 +165,17 @@ def read_checkpoint(path, device="cpu"):
     if not path.is_file():
         raise UserError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     saved = load_pickle(path, device)
+    if not is_checkpoint(saved):
+        raise UserError(f"{path} is not a checkpoint of a training script")
+    return saved
+
+
+def is_checkpoint(saved):
+    """Whether a dict is what a training script saves."""
     rows = saved.get("first_row", [])
     sound = isinstance(rows, list) and all(isinstance(r, dict) and type(r.get("step")) is int for r in rows)
     sound = sound and all(type(saved.get(name)) is kind for name, kind in CHECKPOINT.items())
-    if not sound or saved["step"] < 0 or not all(type(saved["backbone"].get(n)) is str for n in BACKBONE):
-        raise UserError(f"{path} is not a checkpoint of a training script")
-    return saved
+    return sound and saved["step"] >= 0 and all(type(saved["backbone"].get(n)) is str for n in BACKBONE)
 
 
 def check_state(state):

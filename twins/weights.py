@@ -11,7 +11,7 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 
 from twins.errors import ROOT, UserError, first_line
-from twins.files import load_checkpoint, load_pickle, read_checkpoint, read_json, sha256, write_file
+from twins.files import is_checkpoint, load_checkpoint, load_pickle, read_json, sha256, write_file
 from twins.keys import holds_run
 
 AVERAGED = re.compile(r"(^|[._])(teacher|ema|momentum)([._]|$)")  # a network that averages another's weights
@@ -24,18 +24,18 @@ def read_backbone(path, network, heads, vit):
     network, heads: as read_weights has them. vit: the class, unless a run names another one in a file beside
     the scripts. Raises UserError for anything else, and for heads that contradict the file.
     """
-    saved, file = read_run(path)
-    if saved:
+    saved, file = read_saved(path)
+    if is_checkpoint(saved):
         state, vit, args, known = backbone_of(saved, file, network, vit)
     else:
-        state, args, known = read_weights(path, network, heads)
+        state, args, known = read_weights(path, network, heads, saved)
     if heads and args.get("heads", heads) != heads:
         raise UserError(f"--heads={heads}: {path} says that it has {args['heads']}, leave --heads out")
     return state, vit, args, known
 
 
-def read_run(path):
-    """A run's checkpoint, of its folder or file, and its path; {} if it is neither. Raises UserError."""
+def read_saved(path):
+    """What torch.save wrote into a run's folder or a file, and its path; {} for others. Raises UserError."""
     if path.is_dir():
         if not holds_run(path):
             return {}, path
@@ -43,10 +43,7 @@ def read_run(path):
         if problem:
             print(f"warning: {problem}; using the checkpoint before it")
         return saved, path
-    try:
-        return read_checkpoint(path), path
-    except UserError:
-        return {}, path
+    return load_pickle(path) if path.is_file() and path.suffix != ".safetensors" else {}, path
 
 
 def backbone_of(saved, path, network, vit):
@@ -75,7 +72,7 @@ def backbone_of(saved, path, network, vit):
     return state, vit, args, known
 
 
-def read_weights(path, network="", heads=0):
+def read_weights(path, network="", heads=0, saved=None):
     """A file or export folder -> (state dict of timm's names, arguments of vit.ViT, what is known of it).
 
     network: which one, where there are several; '': the teacher. heads: attention heads, where the file does
@@ -85,7 +82,7 @@ def read_weights(path, network="", heads=0):
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    tensors, known = read_tensors(path)
+    tensors, known = read_tensors(path, saved)
     state, known["network"], dropped = choose_network(tensors, path, network)
     dropped += sorted({part for name in tensors for part in name.split(".") if part in CLASSIFIERS})
     if dropped:
@@ -120,8 +117,11 @@ def guess_heads(dim, network):
     return 16 if dim == 1280 else max(dim // 64, 1)
 
 
-def read_tensors(path):
-    """{dotted name: tensor} of all tensors in a file, however nested, and what is known of them."""
+def read_tensors(path, saved):
+    """{dotted name: tensor} of all tensors in a file, however nested, and what is known of them.
+
+    saved: what torch.save wrote into the file, if it did.
+    """
     known, file = {}, path
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -143,7 +143,7 @@ def read_tensors(path):
         except Exception as error:  # safetensors raises its own kind
             raise UserError(f"{file} is damaged ({first_line(error)})") from None
     try:
-        return flatten(load_pickle(file), file), known
+        return flatten(saved, file), known
     except RecursionError:
         raise UserError(f"{file} holds a dict that holds itself") from None
 
