@@ -59,10 +59,11 @@ def compare_trials(search):
     counted = {title: [{**row, "knn": trial_knn(row)} for row in rows] for title, rows in search.items()}
     wins, found = {}, compare(counted, METRIC)
     for (hybrid, single), (differences, p) in found.items():
-        wins.setdefault(single, []).append(f"{hybrid} in {sum(d > 0 for d in differences)} (p = {p:.3f})")
+        count = sum(difference > 0 for difference in differences)
+        wins.setdefault(hybrid, []).append(f"{single} in {count} (p = {p:.3f})")
     n = min(len(differences) for differences, _ in found.values())
-    ahead = "; ".join(f"ahead of {single}: {', '.join(texts)}" for single, texts in wins.items())
-    return f"In {n} random settings (failed ones as untrained; p of the mean), {ahead}."
+    text = "; ".join(f"{hybrid} beats {', '.join(counts)}" for hybrid, counts in wins.items())
+    return f"Of {n} random settings (failed ones count as untrained; p: mean difference), {text}."
 
 
 def compare_collapse(search):
