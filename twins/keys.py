@@ -20,13 +20,8 @@ from twins.files import load_checkpoint, read_json
 from twins.output import excepthook, protect_output
 from twins.processes import under_torchrun
 
-KINDS = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    tuple: "numbers like 0.4,1.0",
-}
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+KINDS[tuple] = "numbers like 0.4,1.0"
 LARGEST = 10**9  # whole number, where a comment sets no limit
 
 
@@ -219,9 +214,8 @@ def configure(script, argv=None):
     config = {key: convert(key, options[key], value) for key, value in config.items()}
     processes = int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
     if config["batch_size"] % processes:
-        raise UserError(
-            f"--batch_size={config['batch_size']} is over all processes: give a multiple of {processes}"
-        )
+        given_size = f"--batch_size={config['batch_size']}"
+        raise UserError(f"{given_size} is over all processes: give a multiple of {processes}")
     script.update(config, __given__=given)
     return config
 
@@ -243,22 +237,18 @@ def refuse_run(out_dir):
     ours = file.exists() and "script" in read_json(file)  # of a run that failed before it saved
     for name in ("config.json", "script.py", "log.jsonl", "crops.png"):
         if not ours and os.path.exists(out_dir / name):
-            raise UserError(
-                f"{out_dir / name} is not a run's, and would be overwritten: give another --out_dir"
-            )
+            raise UserError(f"{out_dir / name} is not a run's, and would be overwritten: {hint}")
 
 
 def saved_options(out_dir, script_name, options):
     """The options of the run to resume, as its checkpoint holds them."""
     if not holds_run(out_dir):
-        raise UserError(
-            f"{out_dir} holds no run to resume (no ckpt.pt): leave --resume out, or give the run's --out_dir"
-        )
+        hint = "leave --resume out, or give the run's --out_dir"
+        raise UserError(f"{out_dir} holds no run to resume (no ckpt.pt): {hint}")
     saved, _, _ = load_checkpoint(out_dir)
     if saved["script"] != script_name:
-        raise UserError(
-            f"{out_dir} holds a run of {saved['script']}.py, not of {script_name}.py: give another --out_dir"
-        )
+        what = f"a run of {saved['script']}.py, not of {script_name}.py"
+        raise UserError(f"{out_dir} holds {what}: give another --out_dir")
     config = {key: convert(key, options[key], x) for key, x in saved["config"].items() if key in options}
     try:
         beside = read_json(out_dir / "config.json")
@@ -273,16 +263,12 @@ def saved_options(out_dir, script_name, options):
 
 
 def tell_changes(out_dir, config, given):
-    changed = [
-        key
-        for key, value in given.items()
-        if key not in ("resume", "out_dir", "data_dir") and value != config[key]
-    ]
+    free = ("resume", "out_dir", "data_dir")
+    changed = [key for key, value in given.items() if key not in free and value != config[key]]
     for key in changed:
         if key in ("dataset", "preset", "init", "seed"):
-            raise UserError(
-                f"{out_dir} is a run with --{key}={config[key]}: leave --{key} out, or use another --out_dir"
-            )
+            hint = f"leave --{key} out, or use another --out_dir"
+            raise UserError(f"{out_dir} is a run with --{key}={config[key]}: {hint}")
     if {"max_steps", "epochs", "batch_size"} & set(changed):
         print(
             "note: the schedules now span the new number of steps, so the learning rate jumps; "
