@@ -434,6 +434,17 @@ def test_the_readmes_figures_are_those_of_the_rows():
         assert text == table_of(ROOT / "results" / file) + "\n"
 
 
+def test_the_readmes_controls_are_those_of_the_rows():
+    paragraph = re.search(r"\*\*How sure\?\*\*.*?\n\n", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    groups = group_rows(read_rows(ROOT / "results" / "models-cifar10-controls"))
+    losses = []
+    for title in ("hybrid_a_without_ce", "hybrid_a_without_cc"):
+        losses.append(-100 * np.mean(paired(groups[title], groups["Hybrid A"], "test k-NN")))
+    said = "without CE test k-NN falls by {:.1f} points, without CC by {:.1f}, [a collapse]"
+    assert said.format(*losses) in " ".join(paragraph.split())
+    assert all(made["collapsed"] for made in groups["hybrid_a_without_cc"])
+
+
 def answer_text(results):
     """All that README says of the studies of cifar10, in one line."""
     return " ".join(" ".join(answer(results, "cifar10").values()).split())
