@@ -314,7 +314,7 @@ def test_random_settings_are_compared_trial_by_trial():
     trials = {"DINO": [row("dino", "trial", n, 0.3) for n in range(8)]}
     accuracies = [0.2, *8 * [0.4]]  # a ninth is not paired
     trials["Hybrid A"] = [row("hybrid_a", "trial", n, knn) for n, knn in enumerate(accuracies)]
-    said = "Of 8 random settings (failed ones count as untrained; p: mean difference), "
+    said = "Of 8 random settings (failures count as untrained; p: mean difference), "
     said += "Hybrid A beats DINO in {} "
     p = sign_flip_p([-0.1] + 7 * [0.1])
     assert compare_trials(trials) == f"{said.format(7)}(p = {p:.3f})."
@@ -493,7 +493,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     text = " ".join(readme.read_text().split())
     assert text.startswith("above <!-- answer") and text.endswith("-- end results -->")
     assert "-- end answer --> below <!-- results cifar10 --> - **Is training" in text
-    assert f"better features?** {said} Of {seeds} random settings (failed ones count as " in text
+    assert f"better features?** {said} Of {seeds} random settings (failures count as " in text
     feature_answer = said
     said = f"CIFAR-10, {seeds} seeds, each method with the best setting found (Hybrid B: `--cc_local=True`), "
     assert said + "0.1 PFLOP (1 to 1 minutes) a run: mean" in text

@@ -308,6 +308,10 @@ def test_a_run_is_never_overwritten(command, train, tmp_path):
     for broken in (b"no checkpoint", b"", whole[:5000]):
         checkpoint.write_bytes(broken)
         refused(command("dino.py", out_dir=out, resume=True), 1, "not a complete checkpoint")
+    (out / "ckpt-previous.pt").write_bytes(b"")
+    both = ("ckpt.pt is not a complete", "ckpt-previous.pt is not a complete", "export may be sound")
+    refused(command("dino.py", out_dir=out, resume=True), 1, *both)
+    (out / "ckpt-previous.pt").unlink()
     flipped = bytearray(whole)
     flipped[whole.find(weights.numpy().tobytes()) + 5] ^= 1
     checkpoint.write_bytes(flipped)

@@ -231,6 +231,7 @@ def test_keys_in_the_way_are_named(model, tmp_path):
         build(ViT, state, {"image_size": 32, "patch_size": 0, "dim": 128, "heads": 2}, file)
     refused({**state, "cls_token": torch.tensor(1.0)}, "key names: cls_token is []")
     refused({name: x for name, x in state.items() if name != "pos_embed"}, "pos_embed is missing")
+    refused(timm_vit(global_pool="avg").state_dict(), "norm.weight is missing")  # its last norm is fc_norm
     for gamma in (torch.ones(64), torch.tensor(1.0)):
         refused({**state, "blocks.0.ls1.gamma": gamma}, "blocks.0.ls1.gamma")
     with pytest.raises(UserError, match=r"no config.json\): give one of its files"):

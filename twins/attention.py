@@ -82,7 +82,7 @@ def jaccard(keep, masks):
 
     For each class of an image except background, intersection over union of its pixels and those of the
     patches, without pixels of class -1; the mean over an image's classes, then over images that have any. The
-    best head is chosen for each image and class.
+    best head is chosen for each image and class. Raises UserError when no mask has an object.
     """
     keep = F.interpolate(keep.float(), size=masks.shape[-2:], mode="nearest").bool()
     total, objects = torch.zeros(len(masks), 1 + keep.shape[1]), torch.zeros(len(masks))
@@ -94,6 +94,8 @@ def jaccard(keep, masks):
         iou = intersection / union
         total[has] += torch.cat([iou.amax(1, keepdim=True), iou], 1)
         objects[has] += 1
+    if not objects.any():
+        raise UserError("no mask has an object: there is nothing to compare attention with")
     best, *heads = (total / objects[:, None])[objects > 0].mean(0).tolist()
     return best, heads
 

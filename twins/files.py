@@ -157,7 +157,11 @@ def load_checkpoint(folder, device="cpu"):
     except UserError as error:
         if not previous.exists():
             raise
-        return read_checkpoint(previous, device), previous, str(error)
+        problem = str(error)
+    try:
+        return read_checkpoint(previous, device), previous, problem
+    except UserError as error:
+        raise UserError(f"{problem}; {error}; {folder}/export may be sound") from None
 
 
 def read_checkpoint(path, device="cpu"):

@@ -139,8 +139,8 @@ def sentence(test, names, level=0.05):
     if "p" not in test:
         return (
             f"The attention maps of {', '.join(names)} differ by {test['between']:.3f} bits. Whether "
-            "another seed would change them as much cannot be said: give two or more runs of a script, "
-            "--ckpt=name=A/ckpt.pt:B/ckpt.pt,..."
+            "another seed would change them as much cannot be said: give each method two runs or more, of "
+            "different seeds, --ckpt=name=RUN:RUN,..."
         )
     low, high = test["interval95"]
     paired = {"all": ", paired by seed", "some": ", paired where groups share a seed", "none": ""}

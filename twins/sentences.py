@@ -57,13 +57,14 @@ def list_sides(differences):
 def compare_trials(search):
     """In how many random settings each hybrid is better; in one trial, methods share the common options."""
     counted = {title: [{**row, "knn": trial_knn(row)} for row in rows] for title, rows in search.items()}
-    wins, found = {}, compare(counted, METRIC)
+    counts, found = {}, compare(counted, METRIC)
     for (hybrid, single), (differences, p) in found.items():
-        count = sum(difference > 0 for difference in differences)
-        wins.setdefault(hybrid, []).append(f"{single} in {count} (p = {p:.3f})")
+        sign, verb = (1, "beats") if np.mean(differences) > 0 else (-1, "loses to")
+        count = sum(sign * difference > 0 for difference in differences)
+        counts.setdefault(hybrid, []).append(f"{verb} {single} in {count} (p = {p:.3f})")
     n = min(len(differences) for differences, _ in found.values())
-    text = "; ".join(f"{hybrid} beats {', '.join(counts)}" for hybrid, counts in wins.items())
-    return f"Of {n} random settings (failed ones count as untrained; p: mean difference), {text}."
+    text = "; ".join(f"{hybrid} {', '.join(texts)}" for hybrid, texts in counts.items())
+    return f"Of {n} random settings (failures count as untrained; p: mean difference), {text}."
 
 
 def compare_collapse(search):

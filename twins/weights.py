@@ -104,7 +104,8 @@ def check_tensors(state, path):
         kind = value.dtype if value.layout == torch.strided else value.layout
         if value.is_meta or not value.is_floating_point() or value.layout != torch.strided:
             raise UserError(f"{path}: {name} is {'meta' if value.is_meta else kind}, not plain numbers")
-    for name, ndim in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4)):
+    shapes = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "norm.weight": 1}
+    for name, ndim in shapes.items():
         if name not in state or state[name].ndim != ndim:
             found = f"is {list(state[name].shape)}" if name in state else "is missing"
             raise UserError(f"{path} is not a ViT of timm's key names: {name} {found}")
