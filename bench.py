@@ -74,7 +74,8 @@ def table_row(row):
 
 def time_scripts(report, device, options_of):
     """Measures scripts {path: their options}, prints a table, writes bench.json; returns who failed."""
-    rows, failed, kind = [], [], getattr(torch, report["dtype"])
+    rows, failed, side = [], [], 8192 if device.type == "cuda" else 2048
+    limit = product_speed(device, getattr(torch, report["dtype"]), side)
     print(f"| script | {' | '.join(COLUMNS)} |\n|---|{'---:|' * len(COLUMNS)}", flush=True)
     for compiled in (False, True) if compile else (False,):
         for script, defaults in options_of.items():
@@ -90,7 +91,6 @@ def time_scripts(report, device, options_of):
                 continue
             if compiled:  # operations are those of the same script without it
                 result["flop"] = next((row["flop"] for row in rows if row["script"] == script.stem), 0)
-            limit = product_speed(device, kind, 8192 if device.type == "cuda" else 2048)
             rows.append({"script": script.stem, "compiled": compiled, "limit": limit, **result})
             print(f"| {title} | {' | '.join(table_row(rows[-1]))} |", flush=True)
             write_file(Path(out_dir) / "bench.json", json.dumps({**report, "rows": rows}, indent=1))

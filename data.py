@@ -42,7 +42,8 @@ def training_split(data, knn_bank, knn_queries, batch_size):
         held = order[:0]
     kept = order[~torch.isin(order, held)]
     if batch_size > len(kept):
-        raise UserError(f"--batch_size={batch_size} is larger than the {len(kept)} images to train on")
+        images = f"the {len(kept)} images to train on ({n} less what is held out)"
+        raise UserError(f"--batch_size={batch_size} is larger than {images}")
     return kept, labelled[len(held) :][:knn_bank], held[:knn_queries]
 
 
@@ -66,7 +67,8 @@ class Batches:
         gib = images[0].numel() * len(images) / 2**30
         self.pool = None if gib <= memory_gib else ThreadPoolExecutor(1)
         if self.pool:
-            print(f"{gib:.3g} GiB of images, more than --memory_gib={memory_gib:g}: read ahead", flush=True)
+            more = f"{gib:.3g} GiB of images, more than --memory_gib={memory_gib:g}"
+            print(f"{more}: batches are read ahead", flush=True)
         self.images = images if self.pool else images.to(device)
         self.rows, self.batch_size, self.seed, self.device, self.ahead = kept, batch_size, seed, device, {}
 

@@ -434,6 +434,12 @@ def test_the_readmes_figures_are_those_of_the_rows():
         assert text == table_of(ROOT / "results" / file) + "\n"
 
 
+def test_a_page_without_blocks_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("<!-- answer cifar10 -->\nno end\n")
+    with pytest.raises(UserError, match="has no lines"):
+        fill(tmp_path / "README.md", lambda kind, name: "")
+
+
 def test_the_readmes_controls_are_those_of_the_rows():
     paragraph = re.search(r"\*\*How sure\?\*\*.*?\n\n", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     groups = group_rows(read_rows(ROOT / "results" / "models-cifar10-controls"))

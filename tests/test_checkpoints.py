@@ -401,7 +401,7 @@ def test_a_flipped_bit_of_an_export_is_noticed(folder):
     file.write_bytes(flipped)
     assert load(bytes(flipped))  # to safetensors it is sound
     with pytest.raises(UserError, match=r"model.safetensors is damaged: its checksum"):
-        weights.read_weights(folder / "export")
+        weights.read_weights(folder / "export", "", 0, {})
 
 
 def test_a_flipped_bit_of_the_folders_cache_is_noticed(tmp_path, capfd):
@@ -550,7 +550,7 @@ def test_deeply_nested_json_is_one_sentence(folder):
     deep = "[" * 100_000
     (folder / "export" / "config.json").write_text(deep)
     with pytest.raises(UserError, match=r"config.json cannot be read"):
-        weights.read_weights(folder / "export")
+        weights.read_weights(folder / "export", "", 0, {})
     (folder / "log.jsonl").write_text(f'{deep}\n{{"step": 1}}\n')
     with pytest.raises(UserError, match=r"line 1 of .*log.jsonl is broken: fix or remove it"):
         read_log(folder / "log.jsonl")

@@ -107,7 +107,8 @@ def legend(models, dataset):
     """What the numbers of the models study mean."""
     n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
     minutes = [row["seconds"] / 60 for rows in models.values() for row in rows]
-    drawn = f" ({variants(models)})" * bool(variants(models))
+    not_as_drawn = variants(models)
+    drawn = f" ({not_as_drawn})" * bool(not_as_drawn)
     return wrap(
         f"{printed(dataset)}, {n} seed{'s' * (n > 1)}, each method with the best setting found{drawn}, "
         f"{budget:g} PFLOP ({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard "

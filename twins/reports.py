@@ -223,13 +223,19 @@ def differences_table(name, panel, runs=None):
 
 
 def fill(page, text_of):
-    """Replaces the text of a page from <!-- KIND NAME --> to <!-- end KIND --> by text_of(KIND, NAME)."""
+    """Replaces the text of a page from <!-- KIND NAME --> to <!-- end KIND --> by text_of(KIND, NAME).
+
+    Raises UserError for a page without such lines.
+    """
+    text = page.read_text(encoding="utf-8")
+    if not BLOCK.search(text):
+        raise UserError(f"{page} has no lines <!-- KIND NAME --> and <!-- end KIND -->")
 
     def replace(block):
         kind, name, _ = block.groups()
         return f"<!-- {kind} {name} -->\n{text_of(kind, name)}\n<!-- end {kind} -->"
 
-    write_file(page, BLOCK.sub(replace, page.read_text(encoding="utf-8")))
+    write_file(page, BLOCK.sub(replace, text))
     print(f"wrote {page}")
 
 

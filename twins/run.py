@@ -59,7 +59,7 @@ class Run:
             Run.held = held.pop_all()
 
     def begin(self, held):
-        """Starts, or resumes, when no file changes before the first row; `held` releases what is acquired."""
+        """Starts or resumes; resuming changes no file before its first row. `held` releases what it gets."""
         if rank() == 0:  # other runs keep out of the folder until this one ends
             hint = "give another --out_dir; to share a run, start its processes with torchrun"
             held.enter_context(only_writer(self.dir, hint))

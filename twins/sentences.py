@@ -11,7 +11,7 @@ VERDICTS = ("one seed so far", "too little learned", "can go", "cannot go", "unc
 
 
 def compare(groups, measure):
-    """{(hybrid, single loss): (paired differences, Holm's p over all of these, of their mean)}."""
+    """{(hybrid, single loss): (paired differences, p of their mean after Holm over all of these)}."""
     hybrids, singles = split_titles(groups)
     found = {(h, s): paired(groups[h], groups[s], measure) for h in hybrids for s in singles}
     ps = holm([sign_flip_p(differences) for differences in found.values()])

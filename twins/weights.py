@@ -72,12 +72,13 @@ def backbone_of(saved, path, network, vit):
     return state, vit, args, known
 
 
-def read_weights(path, network="", heads=0, saved=None):
+def read_weights(path, network, heads, saved):
     """A file or export folder -> (state dict of timm's names, arguments of vit.ViT, what is known of it).
 
     network: which one, where there are several; '': the teacher. heads: attention heads, where the file does
-    not say; 0: width / 64, as in all official ViTs. LayerScale is folded into the layer before it. Raises
-    UserError for anything but one ViT whose every tensor is known.
+    not say; 0: width / 64, as in all official ViTs. saved: what torch.save wrote into the file, if it did.
+    LayerScale is folded into the layer before it. Raises UserError for anything but one ViT whose every
+    tensor is known.
     """
     path = Path(path)
     if not path.exists():
@@ -119,10 +120,7 @@ def guess_heads(dim, network):
 
 
 def read_tensors(path, saved):
-    """{dotted name: tensor} of all tensors in a file, however nested, and what is known of them.
-
-    saved: what torch.save wrote into the file, if it did.
-    """
+    """{dotted name: tensor} of all tensors in a file, however nested, and what is known of them."""
     known, file = {}, path
     if path.is_dir():
         if not (path / "config.json").exists():
