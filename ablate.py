@@ -4,10 +4,9 @@
     python ablate.py --study=models --dataset=stl10 --seeds=8     the best of each on fresh seeds, test set
     python ablate.py --study=removal --dataset=stl10 --seeds=8    each mechanism off alone, and all of them
     python ablate.py --study=... --dry_run=True                   what it would run, and how long that takes
-    python ablate.py --study=... --report=True                    tables, figures, README from the rows
+    python ablate.py --study=... --report=True                    tables, figures from the rows; README's, too
 
 Rows go to results/<study>-<dataset>; for CIFAR the recorded ones are there, so give another --out_dir.
-
 All runs of a study use the same number of floating-point operations: steps = pflop / count per step. A
 search's second round (successive halving) trains its best settings again, and one by hand, for longer:
 
@@ -17,12 +16,11 @@ search's second round (successive halving) trains its best settings again, and o
 A further round, `--search_dir=SECOND --trials=1 --changes="n_local=0;n_local=0 ema_end=0.97"`, tries changes
 to the best setting, those between semicolons one by one.
 
-Settings are chosen on held-out training images: the best is the one of highest k-NN accuracy among the trials
-that did not collapse. A run collapsed if its RankMe ends below a quarter of the untrained network's, its k-NN
-accuracy below the untrained network's, or its loss was not finite.
-
-Finished runs are skipped, stopped ones resumed; Ctrl-C saves all. Trials and seeds run in rounds, so
-the rows are a full table at any time. A run that fails stops no other and is listed at the end.
+Settings are chosen on held-out training images: the best has the highest k-NN accuracy of those that did not
+collapse. A run collapsed if its RankMe ends below a quarter of the untrained network's, its k-NN accuracy
+below the untrained network's, or its loss was not finite.
+Finished runs are skipped, stopped ones resumed; Ctrl-C saves all. A run that fails stops no other and is
+listed at the end. Trials and seeds run in rounds, so the rows are a full table at any time.
 """
 
 import hashlib
@@ -161,7 +159,9 @@ def run_cell(cell):
     if not cost_file.exists():
         check((yield cost_command(cell, cost_file)), log)
     cost = read_json(cost_file)
-    steps = max(round(cell["budget"] * 1e15 / cost["flop"]), 1)
+    steps = round(cell["budget"] * 1e15 / cost["flop"])
+    if not steps:
+        raise UserError(f"one step takes {cost['flop'] / 1e15:.2g} PFLOP: raise --pflop={cell['budget']:g}")
     every = {"eval_every": EVALUATIONS[study], "save_every": 8, "log_every": 50}
     words = words_of(cell, max_steps=steps, **{name: -(-steps // times) for name, times in every.items()})
     code = yield [script, *(["--resume=True"] if holds_run(out) else words), f"--out_dir={out}"]
@@ -178,8 +178,7 @@ def run_cell(cell):
         masks = ["--dataset=folder", f"--data_dir={masks_dir}", "--image_size=64"] if masks_dir else []
         if masks or dataset == "shapes":
             check((yield [ROOT / "seg_transfer.py", *common, *masks]), log)
-            networks = read_json(out / "seg_transfer.json")["results"]
-            row["test"]["mIoU"] = next(iter(networks.values()))["miou"]  # the first is this checkpoint
+            row["test"]["mIoU"] = read_json(out / "seg_transfer.json")["results"]["this checkpoint"]["miou"]
     write_rows(out_dir, [*read_rows(out_dir), row])
     accuracy = f"k-NN {row['knn']:.3f} (untrained {row['knn_init']:.3f})"
     print(f"{name_of(cell)}: {accuracy}{', collapsed' * row['collapsed']}", flush=True)
@@ -202,7 +201,7 @@ def say_plan(cells, slots):
                 cost = read_json(file)
             hours[cell["script"]] = cell["budget"] * 1e15 / cost["flop"] * cost["seconds"] / 3600
     total = sum(hours[cell["script"]] for cell in cells) / slots
-    print(f"{len(cells)} runs of {pflop:g} PFLOP, {slots} at once: {total:.2g} hours of training here")
+    print(f"{len(cells)} runs of {pflop:g} PFLOP, {slots} at once: {total:.2g} hours without evaluations")
 
 
 def compare_attention():
@@ -227,10 +226,10 @@ if __name__ == "__main__":
     preset = "" if dataset == "shapes" else preset
     pflop = pflop or PFLOP[study]
     if report:
-        write_report(out_dir, study)
-        results = ROOT / "results"
-        fill(ROOT / "README.md", lambda part, name: answer(results, name)[part])
-        sys.exit(fill(results / "README.md", lambda _, name: table_of(results / name)))
+        if (results := ROOT / "results") == out_dir.resolve().parent:
+            fill(ROOT / "README.md", lambda part, name: answer(results, name)[part])
+            fill(results / "README.md", lambda _, name: table_of(results / name))
+        sys.exit(write_report(out_dir, study))
     cells, slots = make_cells(), jobs or default_slots()
     with only_writer(out_dir):
         todo = unfinished(cells, study, out_dir, name_of)

@@ -39,7 +39,7 @@ from twins.files import git_state, write_file
 from twins.folders import decode, image_files
 from twins.masks import has_masks, load_masks
 from twins.permutation import permutation_test, sentence
-from twins.pictures import printed
+from twins.pictures import NAMES, printed
 from twins.processes import rank, setup
 from twins.segmentation import patch_tokens
 from vit import ViT, check_size
@@ -86,6 +86,14 @@ def read_groups(text):
             raise UserError(f"--ckpt: '{item}' is neither a checkpoint nor name=A:B; random is reserved")
         groups[name] = checkpoints
     return groups
+
+
+def warn_of_mixed_groups(runs):
+    """Prints a warning for a group that holds another method's runs than its name or its other runs say."""
+    for group in dict.fromkeys(name for name, *_ in runs):
+        scripts = {known["script"] for name, *_, known in runs if name == group and "script" in known}
+        if len(scripts | {group} & NAMES.keys()) > 1:
+            print(f"warning: the group {group} holds runs of {' and '.join(sorted(scripts))}")
 
 
 def own_images(path, size):
@@ -172,6 +180,7 @@ if __name__ == "__main__":
         runs.append((name, path, *load_backbone({**config, "ckpt": path}, device, ViT)))
     _, first_path, first, about = runs[0]
     image_size = image_size or about["image_size"]
+    warn_of_mixed_groups(runs)
     for _ in range(0 if "random" in groups else 3):  # the floor
         runs.append(("random", "random", random_like(first, device), {"ckpt": "random"}))
     for _, _, backbone, _ in runs:

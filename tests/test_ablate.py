@@ -359,6 +359,21 @@ def test_attention_is_compared_of_the_checkpoints_that_are_here(tmp_path, monkey
     assert commands[0][2] == f"--ckpt=dino={tmp_path}/dino-full-0-0/ckpt.pt"
 
 
+def test_a_budget_of_less_than_a_step_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "runs_dir", tmp_path)
+    cell = row("dino", "trial", 0, 0.3, budget=1e-9)
+    write_file(Path(f"{ablate.run_folder(cell)}.json"), json.dumps({"flop": 2.5e6, "n_views": 2}))
+    with pytest.raises(UserError, match=r"one step takes 2.5e-09 PFLOP: raise --pflop=1e-09"):
+        next(ablate.run_cell(cell))
+
+
+def test_a_report_of_a_folder_elsewhere_leaves_the_pages_alone(tmp_path):
+    write_rows(tmp_path, [row("dino", "full", seed, 0.3, test={}) for seed in (0, 1)])
+    words = [sys.executable, ROOT / "ablate.py", "--study=models", f"--out_dir={tmp_path}", "--report=True"]
+    done = subprocess.run(words, **PIPES)
+    assert done.stdout == f"wrote {tmp_path}/README.md\n", done.stderr
+
+
 def test_a_killed_study_continues_and_a_failing_run_costs_itself_alone(tmp_path, monkeypatch):
     """SIGKILL in the middle, one run fails: the other's row is what its command gives in one go."""
     setting = {"dim": 16, "depth": 1, "heads": 1, "batch_size": 8, "knn_bank": 50, "knn_queries": 40}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from attn_viz import own_images, print_table, read_groups
+from attn_viz import own_images, print_table, read_groups, warn_of_mixed_groups
 from conftest import ROOT
 from test_run import refused
 from twins.attention import attend, describe, divergence, divergences, jaccard, keep_mass
@@ -171,6 +171,22 @@ def test_groups_of_checkpoints(tmp_path):
     for wrong in (",", "a=b/ckpt.pt:", "random=b/ckpt.pt"):
         with pytest.raises(UserError, match="is neither a checkpoint nor name=A:B"):
             read_groups(wrong)
+
+
+@pytest.mark.parametrize(
+    "group, scripts, warned",
+    [
+        ("dino", ["dino", "dino"], False),
+        ("dino", ["barlow"], True),
+        ("mine", ["dino", "barlow"], True),
+        ("mine", ["dino"], False),
+        ("dino", [None], False),  # a file of weights does not say
+    ],
+)
+def test_a_group_of_another_methods_runs_is_said(group, scripts, warned, capsys):
+    known = [{"script": script} if script else {} for script in scripts]
+    warn_of_mixed_groups([(group, "path", None, about) for about in known])
+    assert (f"the group {group} holds runs of" in capsys.readouterr().out) == warned
 
 
 def test_the_command_compares_runs_of_other_widths_and_patches(train, command, tmp_path):

@@ -108,6 +108,11 @@ BAD_SPLITS = {  # files, split, what is said
         "test",
         "train/cat holds train: move them",
     ),
+    "a class that train/ has not": (
+        ["train/a/0.png", "train/b/1.png", "test/a/2.png", "test/c/3.png"],
+        "test",
+        "train has no class c, but .*test has: add it there, or remove it here",
+    ),
     "a class train": (
         ["train/0.png", "bus/0.png"],
         "train",
@@ -154,6 +159,15 @@ def test_folders_that_systems_make_are_no_classes(tmp_path):
     names = ("@eaDir/a/0.png", "a/@eaDir/0.png", "#recycle/0.png", "__MACOSX/0.png", "$RECYCLE.BIN/0.png")
     data = load(tree(tmp_path, *(f"train/{name}" for name in LABELLED + names)))
     assert data.classes == ["a", "b"] and len(data.images) == 3
+
+
+def test_a_class_of_the_test_images_alone_is_said_before_training(tmp_path, capsys):
+    tree(tmp_path, *(f"train/{name}" for name in LABELLED), "test/a/2.png")
+    load(tmp_path)
+    assert "warning" not in capsys.readouterr().out
+    tree(tmp_path, "test/c/3.png")
+    load(tmp_path)
+    assert f"train has no class c, but {tmp_path}/test has" in capsys.readouterr().out
 
 
 def test_a_labelled_val_goes_before_a_flat_test(tmp_path, capsys):

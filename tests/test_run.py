@@ -301,7 +301,11 @@ def test_a_run_is_never_overwritten(command, train, tmp_path):
     before = {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
     refused(command("dino.py", out_dir=out), 1, "already holds a run", "--resume=True", "--out_dir")
     refused(command("barlow.py", out_dir=out, resume=True), 1, "dino.py", "not of barlow.py")
-    refused(command("dino.py", out_dir=out, resume=True, dim=32), 1, "does not fit", "'dim'")
+    refused(
+        command("dino.py", out_dir=out, resume=True, dim=32),
+        1,
+        "does not fit: its run had other values of dim",
+    )
     refused(command("dino.py", out_dir=out, resume=True, seed=7), 1, "is a run with --seed=0")
     checkpoint = out / "ckpt.pt"
     whole, weights = checkpoint.read_bytes(), read_checkpoint(checkpoint)["student"]["head.last.weight"]
