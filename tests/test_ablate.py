@@ -308,6 +308,11 @@ def test_hybrids_that_disagree_are_named_one_by_one():
     said = "Hybrid A better than DINO, worse than Barlow Twins; "
     said += "Hybrid B no clear difference from DINO and Barlow Twins (2 seeds)."
     assert compared(hybrid_b=(0.2, 0.5)) == said
+    many = {name: [knn[0] + 0.001 * seed for seed in range(8)] for name, knn in accuracies.items()}
+    said = "Yes and no: better than DINO, worse than Barlow Twins (both hybrids, 8 seeds)."
+    assert compared(**many, hybrid_b=many["hybrid_a"]) == said
+    many["dino"] = many["hybrid_a"][:1] + [knn + 0.02 for knn in many["hybrid_a"][1:]]
+    assert compared(**many, hybrid_b=many["hybrid_a"]).startswith("No: worse than DINO and Barlow Twins")
 
 
 def test_random_settings_are_compared_trial_by_trial():

@@ -19,7 +19,11 @@ def compare(groups, measure):
 
 
 def compare_models(models, measure):
-    """Each hybrid against each single loss: yes or no only where Holm's p over all of these is below 0.05."""
+    """Each hybrid against each single loss: yes or no only where Holm's p over all of these is below 0.05.
+
+    Yes: a hybrid is better than both single losses; no: both hybrids are worse than one of these; yes and no:
+    and better than the other.
+    """
     (hybrids, singles), found = split_titles(models), compare(models, measure)
     n = min(len(differences) for differences, _ in found.values())
 
@@ -27,11 +31,14 @@ def compare_models(models, measure):
         differences, p = found[h, s]
         return p < SIGNIFICANT and sign * np.mean(differences) > 0
 
+    def some_single(sign):
+        return any(all(significant(h, s, sign) for h in hybrids) for s in singles)
+
     texts = [list_sides({s: found[h, s][0] for s in singles}) for h in hybrids]
     if any(all(significant(h, s, 1) for s in singles) for h in hybrids):
         word = "Yes: "
-    elif any(all(significant(h, s, -1) for h in hybrids) for s in singles):
-        word = "No: "
+    elif some_single(-1):
+        word = "Yes and no: " if some_single(1) else "No: "
     else:
         word = ""
     seeds = f"{n} seed{'s' * (n != 1)}"
