@@ -88,7 +88,7 @@ TEACHER.update(head_bn=True, norm_last_layer=False, freeze_last_layer_epochs=0.1
 BY_HAND = {  # settings from before the search, one a method, that take part in its second round
     "dino": {**TEACHER, "n_local": 4},
     "barlow": {"batch_size": 128, "base_lr": 4e-3, "warmup_epochs": 0.2, "n_local": 0, "proj_dim": 1024},
-    "hybrid_a": {**TEACHER, "n_local": 4, "alpha": 20.0},
+    "hybrid_a": {**TEACHER, "n_local": 4, "alpha": 20.0, "head": "shared"},
     "hybrid_b": {**TEACHER, "n_local": 2, "alpha": 50.0, "head": "two", "proj_dim": 512},
 }
 PFLOP = {"search": 0.016, "models": 0.2, "removal": 0.06}

@@ -7,8 +7,7 @@ X1, X2 are random views of an image, Z1, Z2 their projections; z1, z2: columns s
 Views go through the projector one by one, as in the official code: BatchNorm sees one at a time. The division
 by D is ours, and the 1e-6 added to a variance (there 1e-5). AdamW instead of LARS, as is usual for a ViT.
 
-    python barlow.py --dataset=shapes                        a few minutes on two CPU cores
-    python barlow.py --batch_size=256 --dataset=cifar100     ViT-Ti/4, 2 x 32 pixels
+    python barlow.py --dataset=shapes   a few minutes on two CPU cores
 
 Letters in shapes:  b images  v views  d width of Z or of the ViT
 """
@@ -138,7 +137,6 @@ def cross_correlation_loss(z1, z2, lambd):
 
 def cosine(start, end, step, steps, warmup=0):
     """Value at `step` of `steps`: linear from 0 to `start` in `warmup` steps, then half a cosine to `end`."""
-    warmup = int(warmup)
     if step < warmup:
         return start * step / max(warmup - 1, 1)
     return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
@@ -182,7 +180,7 @@ if __name__ == "__main__":
     model = distributed(student)  # DistributedDataParallel under torchrun, else the student itself
     for step in run.loop():  # seeds every step, saves the state, ends after a signal
         epoch = step / steps_per_epoch
-        lr = cosine(base_lr * batch_size / 256, min_lr, step, steps, warmup_epochs * steps_per_epoch)
+        lr = cosine(base_lr * batch_size / 256, min_lr, step, steps, int(warmup_epochs * steps_per_epoch))
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)  # of the matrices

@@ -68,10 +68,15 @@ def test_every_mechanism_can_be_toggled_twice(script):
         assert {**options, **once} != options, name
         _, second = toggle(mechanism, once, options)
         assert {first, second} == {"on", "off"}, name
-    settings = removals(ablate.MECHANISMS, {"head_bn": False, "ema": 0.9}, options)
+    settings = removals(ablate.MECHANISMS, {"head_bn": False, "ema": 0.9, "n_local": 2}, options)
     assert len(settings) == 2 + len(ablate.MECHANISMS) and "BatchNorm in the head on" in settings
     assert settings["EMA schedule off"]["ema_end"] == 0.9 and "head_bn" in settings["all off"]
-    some = removals(ablate.MECHANISMS, {"head_bn": False, "ema": 0.9}, options, "multi-crop,EMA schedule,all")
+    some = removals(
+        ablate.MECHANISMS,
+        {"head_bn": False, "ema": 0.9, "n_local": 2},
+        options,
+        "multi-crop,EMA schedule,all",
+    )
     assert list(some) == ["full", "EMA schedule off", "multi-crop off", "all off"]
     assert all(settings[label] == setting for label, setting in some.items())  # so rows fit in either study
     with pytest.raises(UserError, match="ema is no mechanism: choose from centering, sharpening"):
