@@ -98,11 +98,10 @@ def compare_collapse(search):
 
 def failures(search, failed):
     """{method: number of trials that failed}, {hybrid: Holm's p of its difference from DINO, by trial}."""
-    signs = {title: {row["seed"]: failed(row) for row in rows} for title, rows in search.items()}
-    hybrids, dino = split_titles(search)[0], signs["DINO"]
-    pairs = [[signs[h][n] - dino[n] for n in signs[h].keys() & dino.keys()] for h in hybrids]
-    ps = holm([sign_flip_p(differences) for differences in pairs])
-    return {title: sum(sign.values()) for title, sign in signs.items()}, dict(zip(hybrids, ps, strict=True))
+    titles = ("DINO", *split_titles(search)[0])
+    counted = {title: [{**row, "knn": failed(row)} for row in search[title]] for title in titles}
+    ps = {hybrid: p for (hybrid, _), (_, p) in compare(counted, METRIC).items()}
+    return {title: sum(row["knn"] for row in rows) for title, rows in counted.items()}, ps
 
 
 def compare_attention(attention):
