@@ -51,11 +51,10 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
         known = [below(home, path).split(os.sep) for path in walk(home)[0]]
     classes = [] if flat else sorted({parts[0] for parts in known if len(parts) > 1})
     refuse_wrapping(home, classes, known)
-    for held_out in (path for path in found.values() if classes and split == "train" and path != root):
-        if new := [
-            name for name in subfolders(held_out) if name not in classes and name.lower() not in IMAGES
-        ]:
-            print(f"warning: {root} has no class {new[0]}, but {held_out} has: evaluation will refuse it")
+    for other in [path for path in found.values() if path != root] if classes and split == "train" else []:
+        new = [name for name in subfolders(other) if name not in classes and name.lower() not in IMAGES]
+        if new:
+            print(f"warning: {root} has no class {new[0]}, but {other} has: evaluation will refuse it")
     stray = [path for path, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes]
     if stray and home != root and not classes:
         raise UserError(f"{home} has no class folders, but {root} has: either both need them or neither")

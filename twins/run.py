@@ -259,10 +259,9 @@ class Run:
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             changed = {k for k, v in saved["config"].items() if self.config.get(k) != v}
             changed = sorted(changed - {"resume", "out_dir"})
-            reason = " ".join(str(error).split())[:300]
-            if changed:
-                reason = f"its run had other values of {', '.join(changed)}"
-            raise UserError(f"{path} does not fit: {reason}") from None
+            other = f": its run had other values of {', '.join(changed)}" * bool(changed)
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} does not fit{other} ({reason})") from None
         self.start, self.seconds = saved["step"], saved["seconds"]
         if self.start > self.steps:
             raise UserError(f"{path} is at step {self.start}, beyond the new end, step {self.steps}")
