@@ -101,7 +101,7 @@ BAD = {  # what is made in a folder, what is loaded, what is said
     "test class never trained": (
         lambda r: photographs(photographs(r), classes=("c",), part="test"),
         dict(split="test"),
-        FLAT,
+        "train has no class c, but .*test has: add it there",
     ),
     "no test folder": (photographs, dict(split="test"), "has no test/ or val/ folder"),
     "one bad image": (
