@@ -19,6 +19,7 @@ to the best setting, those between semicolons one by one.
 Settings are chosen on held-out training images: the best has the highest k-NN accuracy of those that did not
 collapse. A run collapsed if its RankMe ends below a quarter of the untrained network's, its k-NN accuracy
 below the untrained network's, or its loss was not finite.
+
 Finished runs are skipped, stopped ones resumed; Ctrl-C saves all. A run that fails stops no other and is
 listed at the end. Trials and seeds run in rounds, so the rows are a full table at any time.
 """
@@ -31,12 +32,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from twins.answer import answer
+from twins.answer import fill_pages
 from twins.errors import ROOT, UserError
 from twins.files import only_writer, read_json
 from twins.jobs import default_slots, last_line, run_jobs, start
 from twins.keys import holds_run, parse
-from twins.reports import fill, table_of, write_report
+from twins.reports import write_report
 from twins.settings import MECHANISMS, draw_setting, read_script, removals, with_changes
 from twins.studies import best_setting, finalists, read_rows, run_results, unfinished, write_rows
 
@@ -226,10 +227,10 @@ if __name__ == "__main__":
     preset = "" if dataset == "shapes" else preset
     pflop = pflop or PFLOP[study]
     if report:
-        if (results := ROOT / "results") == out_dir.resolve().parent:
-            fill(ROOT / "README.md", lambda part, name: answer(results, name)[part])
-            fill(results / "README.md", lambda _, name: table_of(results / name))
-        sys.exit(write_report(out_dir, study))
+        write_report(out_dir, study)
+        if out_dir.resolve().parent == ROOT / "results":
+            fill_pages()
+        sys.exit()
     cells, slots = make_cells(), jobs or default_slots()
     with only_writer(out_dir):
         todo = unfinished(cells, study, out_dir, name_of)

@@ -170,6 +170,13 @@ def test_a_class_of_the_test_images_alone_is_said_before_training(tmp_path, caps
     assert f"train has no class c, but {tmp_path}/test has" in capsys.readouterr().out
 
 
+def test_masks_beside_images_in_classes_are_no_class_of_the_test_images(tmp_path, capsys):
+    tree(tmp_path, "train/images/a/0.png", "train/images/b/1.png", "train/masks/0.png")
+    tree(tmp_path, "val/images/a/2.png", "val/masks/2.png")
+    assert load(tmp_path).classes == ["a", "b"]
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_labelled_val_goes_before_a_flat_test(tmp_path, capsys):
     tree(tmp_path, "train/a/0.png", "test/0.png", "test/1.png", "val/a/5.png")
     assert load(tmp_path, "test").labels.tolist() == [0]

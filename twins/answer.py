@@ -2,9 +2,10 @@
 
 import textwrap
 
+from twins.errors import ROOT
 from twins.files import read_json
 from twins.pictures import printed
-from twins.reports import points, read_attention, spreads, table
+from twins.reports import fill, points, read_attention, spreads, table, table_of
 from twins.sentences import (
     compare_attention,
     compare_collapse,
@@ -20,6 +21,13 @@ from twins.studies import group_rows, measures, paired, read_rows
 from twins.study_pictures import METRIC
 
 UNTRAINED = "Not answered yet: the best settings of the search have not been trained on fresh seeds."
+
+
+def fill_pages():
+    """Makes the figures in README.md and in results/README.md again, from what results/ holds."""
+    results = ROOT / "results"
+    fill(ROOT / "README.md", lambda part, name: answer(results, name)[part])
+    fill(results / "README.md", lambda _, name: table_of(results / name))
 
 
 def answer(results, dataset):

@@ -51,19 +51,18 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
         known = [below(home, path).split(os.sep) for path in walk(home)[0]]
     classes = [] if flat else sorted({parts[0] for parts in known if len(parts) > 1})
     refuse_wrapping(home, classes, known)
-    for other in [path for path in found.values() if path != root] if classes and split == "train" else []:
-        new = [name for name in subfolders(other) if name not in classes and name.lower() not in IMAGES]
-        if new:
-            print(f"warning: {root} has no class {new[0]}, but {other} has: evaluation will refuse it")
-    stray = [path for path, parts in zip(paths, first, strict=True) if not flat and parts[0] not in classes]
+    if classes and split == "train":
+        warn_of_new_classes(root, found, classes)
+    stray = [parts for parts in first if not flat and parts[0] not in classes]
     if stray and home != root and not classes:
         raise UserError(f"{home} has no class folders, but {root} has: either both need them or neither")
-    if stray and home != root and os.sep in below(root, stray[0]):
-        name = below(root, stray[0]).split(os.sep)[0]
-        raise UserError(f"{home} has no class {name}, but {root} has: add it there, or remove it here")
+    if stray and home != root and len(stray[0]) > 1:
+        new = stray[0][0]
+        raise UserError(f"{home} has no class {new}, but {root} has: add it there, or remove it here")
     if stray:
         where = f"in none of the {len(classes)} class folders"
-        raise UserError(f"{stray[0]} is {where}: move it into one, or make all of them flat")
+        file = root.joinpath(*stray[0])
+        raise UserError(f"{file} is {where}: move it into one, or make all of them flat")
 
     sample = [decoding.describe(path) for path in paths[:: len(paths) // 100 + 1]]
     if any(deep for _, deep in sample):
@@ -123,6 +122,14 @@ def refuse_others(top, root, found):
     if names:
         hint = f"give --data_dir={root} for it alone, or put all classes into train/"
         raise UserError(f"{root} holds images without class folders beside {' '.join(names[:5])}: {hint}")
+
+
+def warn_of_new_classes(root, found, classes):
+    """Prints a warning for a class that the test images have, but `root`, the training images, have not."""
+    for other in (path for kind, path in found.items() if kind != "train"):
+        names = [name for name in subfolders(other) if name.lower() not in (*IMAGES, *MASKS)]
+        if new := [name for name in names if name not in classes]:
+            print(f"warning: {root} has no class {new[0]}, but {other} has: evaluation will refuse it")
 
 
 def below(root, path):
