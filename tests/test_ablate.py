@@ -23,7 +23,7 @@ from twins.jobs import run_jobs
 from twins.reports import BLOCK, fill, read_attention, report_study, table_of, write_report
 from twins.sentences import compare_models, compare_trials
 from twins.settings import draw_setting, read_script, removals, toggle
-from twins.statistics import sign_flip_p, t_interval
+from twins.stats import sign_flip_p, t_interval
 from twins.studies import (
     best_setting,
     check_rows,

@@ -64,7 +64,7 @@ def teach(train, monkeypatch):
         monkeypatch.setattr(
             torch.nn.Module,
             "compile",
-            lambda module, options: compile(module, fullgraph=True, backend=backend),
+            lambda block, dynamic, options: compile(block, fullgraph=True, dynamic=dynamic, backend=backend),
         )
         keys |= {"drop_path": 0.0}  # its random numbers are others on every device
         train(script, spy, dim=48, heads=3, depth=1, batch_size=64, **keys)
@@ -107,7 +107,11 @@ def test_compiled_or_not_drop_path_draws_the_same(train, monkeypatch, device):
     """The graph is traced in full, random numbers with it; on the CPU without C++, which takes a minute."""
     backend = "inductor" if device == "cuda" else "aot_eager"
     compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, options: compile(module, backend=backend))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda block, dynamic, options: compile(block, dynamic=dynamic, backend=backend),
+    )
     runs = [
         train("hybrid_a.py", device=device, drop_path=0.5, max_steps=1, compile=compiled)["run"]
         for compiled in (False, True)

@@ -26,7 +26,7 @@ from twins.probes import (
     predict,
     whitening,
 )
-from twins.statistics import wilson_interval
+from twins.stats import wilson_interval
 from vit import ViT
 
 CPU = torch.device("cpu")

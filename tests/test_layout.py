@@ -65,6 +65,11 @@ def test_the_top_is_the_table_of_contents():
     assert {file.stem for file in ROOT.glob("*.py")} == TOP
 
 
+def test_no_file_has_the_name_of_a_standard_module():
+    """A script in twins/, run as a process, would find it in place of Python's, and so would torch."""
+    assert {file.stem for file in FILES} & sys.stdlib_module_names == set()
+
+
 def test_the_vit_needs_torch_and_einops_alone(tmp_path):
     roots = {name.partition(".")[0] for name in imported((ROOT / "vit.py").read_text())}
     assert roots == {"torch", "einops"}

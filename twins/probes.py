@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from twins.errors import UserError
 from twins.monitor import knn
-from twins.statistics import wilson_interval
+from twins.stats import wilson_interval
 
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)  # of the L2 penalty; each starts where the one before ended
 NEIGHBOURS = (10, 20, 100, 200)

@@ -11,6 +11,7 @@ import einops
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from twins.errors import UserError, first_line
@@ -88,6 +89,17 @@ def bfloat16_is_faster(device):
     return False
 
 
+def compile_blocks(module):
+    """Compiles the members of a module's ModuleLists, such as a ViT's blocks; without any, the module itself.
+
+    Blocks share their code, which is compiled once for all of them and for all sizes of views.
+    """
+    lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
+    options = {"fallback_random": True}  # the random numbers of a run that is not compiled
+    for part in [block for blocks in lists for block in blocks] or [module]:
+        part.compile(dynamic=True, options=options)
+
+
 @functools.cache
 def product_speed(device, dtype, n):
     """FLOP/s of a product of n x n matrices, the best of 20; the same answer for a whole run."""
@@ -129,7 +141,7 @@ def global_mean(x):
     return MeanOverProcesses.apply(x) if world() > 1 else x
 
 
-class BatchNorm1d(torch.nn.BatchNorm1d):
+class BatchNorm1d(nn.BatchNorm1d):
     """BatchNorm with the statistics of the batch of all processes, in training and evaluation. x [n d]."""
 
     def __init__(self, dim):

@@ -10,7 +10,7 @@ from twins.errors import UserError
 from twins.files import read_json, write_file
 from twins.permutation import sentence
 from twins.pictures import printed
-from twins.statistics import expected_best, holm, sign_flip_p, t_interval, verdict, wilson_interval
+from twins.stats import expected_best, holm, sign_flip_p, t_interval, verdict, wilson_interval
 from twins.studies import (
     check_rows,
     group_rows,

@@ -26,7 +26,7 @@ from twins.keys import refuse_run
 from twins.loggers import start_logger
 from twins.monitor import collapse, not_finite
 from twins.pictures import crops_picture, curves_picture
-from twins.processes import precision, rank, seed_step, to_numbers, world
+from twins.processes import compile_blocks, precision, rank, seed_step, to_numbers, world
 from twins.weights import write_export
 
 
@@ -99,7 +99,7 @@ class Run:
     def loop(self):
         """Yields the steps to do, each with its own random numbers; saves; a signal ends it after a step."""
         for module in self.modules.values() if self.config["compile"] else ():
-            module.compile(options={"fallback_random": True})  # the random numbers of a run without it
+            compile_blocks(module)
         began = time.monotonic()
         for step in range(self.start, self.steps):
             seed_step(self.config["seed"], step)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from twins.statistics import holm, sign_flip_p, t_interval, verdict
+from twins.stats import holm, sign_flip_p, t_interval, verdict
 from twins.studies import learned, measures, pair_with_full, paired, rank_fell, trial_knn
 from twins.study_pictures import METRIC
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from twins.pictures import new_figure, png
-from twins.statistics import t_interval
+from twins.stats import t_interval
 
 METRIC = "held-out k-NN"
 

@@ -1,4 +1,4 @@
-"""twins/statistics.py against planted data, hand-worked examples and brute force."""
+"""twins/stats.py against planted data, hand-worked examples and brute force."""
 
 from itertools import combinations
 from math import inf
@@ -6,7 +6,7 @@ from math import inf
 import numpy as np
 import pytest
 
-from twins.statistics import expected_best, holm, sign_flip_p, t_interval, verdict, wilson_interval
+from twins.stats import expected_best, holm, sign_flip_p, t_interval, verdict, wilson_interval
 
 
 def test_sign_flip_is_calibrated_and_has_power():
