@@ -567,6 +567,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     write_rows(tmp_path / "models-cifar100", [{**r, "setting": {"wd": 1.0}} for r in rows])
     assert "CIFAR-100" not in answer_text(tmp_path)
     write_rows(tmp_path / "models-cifar100", rows)
+    write_rows(tmp_path / "models-cifar100-round2", rows)
     said = "And on CIFAR-100, with the settings of {}?** " + f"{feature_answer} - **Is"
     assert said.format("models-cifar10") in answer_text(tmp_path)
     write_rows(tmp_path / "models-cifar10-old", rows)

@@ -91,7 +91,10 @@ def best_removals(results, dataset):
 
 
 def same_settings(results, dataset):
-    """{other data set: (its models study's rows, the study of `dataset` whose settings it has)}: untuned."""
+    """{other data set: (its models study's rows, the study of `dataset` whose settings it has)}: untuned.
+
+    The study is models-OTHER, not an earlier one, models-OTHER-round2.
+    """
 
     def settings(groups):
         return {title: rows[0]["setting"] for title, rows in groups.items()}
@@ -99,10 +102,11 @@ def same_settings(results, dataset):
     tuned = {own: settings(group_rows(read_rows(own))) for own in folders_of(results, "models", dataset)}
     found = {}
     for folder in sorted(set(results.glob("models-*")) - tuned.keys()):
+        other = folder.name.removeprefix("models-")
         groups = group_rows(read_rows(folder))
         same = [own.name for own, its_settings in tuned.items() if its_settings == settings(groups)]
-        if groups and same:
-            found[folder.name.removeprefix("models-")] = groups, same[0]
+        if groups and same and "-" not in other:
+            found[other] = groups, same[0]
     return found
 
 
