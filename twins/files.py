@@ -132,7 +132,7 @@ def load_pickle(path, device="cpu"):
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *PATHS]):  # DINO's arguments
             saved = torch.load(path, map_location=device, weights_only=True)
-        broken = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # torch verifies no checksum
+        broken = zipfile.is_zipfile(path) and damaged_entry(zipfile.ZipFile(path))
     except Exception as error:  # torch and zipfile raise many kinds
         code = re.search(r"GLOBAL (\S+) was not", str(error))
         if code:
@@ -140,10 +140,16 @@ def load_pickle(path, device="cpu"):
         reason = "torch.save did not write it" if "Weights only" in str(error) else first_line(error)[:80]
         raise UserError(f"{path} is not a complete checkpoint ({reason})") from None
     if broken:
-        raise UserError(f"{path} is damaged (bad checksum in {broken})")
+        raise UserError(f"{path} is damaged (in {broken})")
     if not isinstance(saved, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(saved).__name__}")
     return saved
+
+
+def damaged_entry(archive):
+    """The name of a ZipFile's first damaged entry, None if all are sound. torch verifies no checksum."""
+    folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 16]
+    return folders[0] if folders else archive.testzip()  # of what is marked as a folder torch reads nothing
 
 
 def load_checkpoint(folder, device="cpu"):
