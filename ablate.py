@@ -125,6 +125,7 @@ def make_cells():
             for label, setting in settings.items():
                 cell = {"script": script, "label": label, "seed": seed, "setting": setting, "budget": pflop}
                 images = [dataset, data_dir] if dataset == "folder" else [dataset]
+                images += [masks_dir] * bool(masks_dir)
                 decides = json.dumps([cell, *images, preset], sort_keys=True)
                 cells.append({**cell, "id": hashlib.sha256(decides.encode()).hexdigest()[:8]})
     return cells
@@ -146,11 +147,10 @@ def words_of(cell, **more):
 
 
 def cost_command(cell, file):
-    """Measures five steps of a run, in a process of its own, and writes their cost into a file."""
-    few = {"knn_bank": 50, "knn_queries": 20, "max_steps": 10**6, "eval_every": 10**6}
-    few["base_lr"] = 0.0  # a run that diverges at once has a cost, too
-    script = ROOT / f"{cell['script']}.py"
-    return [ROOT / "twins" / "stopwatch.py", file, 2, 3, "", script, *words_of(cell, **few)]
+    """Measures five steps of a run, at learning rate 0 lest it diverge, and writes their cost into a file."""
+    few = {"knn_bank": 50, "knn_queries": 20, "max_steps": 10**6, "eval_every": 10**6, "base_lr": 0.0}
+    words = [ROOT / f"{cell['script']}.py", *words_of(cell, **few)]
+    return [ROOT / "twins" / "stopwatch.py", file, 2, 3, "", *words]
 
 
 def run_cell(cell):

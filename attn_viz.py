@@ -74,7 +74,7 @@ def read_groups(text):
     groups = {}
     for item in text.split(","):
         path = Path(item)
-        named = None if os.path.exists(item) else re.match(r"([^/=]+)=(.+)$", item)
+        named = None if os.path.exists(item) else re.match(r"([^/=]+)=(.*)$", item)
         if named:
             name, checkpoints = named[1], named[2].split(":")
         else:

@@ -344,10 +344,11 @@ def test_rows_of_other_images_are_of_other_options(monkeypatch):
     ids = set()
     monkeypatch.setattr(ablate, "study", "models")
     monkeypatch.setattr(ablate, "dataset", "folder")
-    for data_dir in ("one", "two"):
+    for data_dir, masks_dir in (("one", ""), ("two", ""), ("two", "masks")):
         monkeypatch.setattr(ablate, "data_dir", data_dir)
+        monkeypatch.setattr(ablate, "masks_dir", masks_dir)
         ids.update(cell["id"] for cell in ablate.make_cells())
-    assert len(ids) == 2 * 4 * ablate.seeds
+    assert len(ids) == 3 * 4 * ablate.seeds
 
 
 def test_files_beside_a_run_have_its_whole_name(monkeypatch):

@@ -36,14 +36,16 @@ def to_bytes(pixels):
     a pixel is negative, the smallest pixel is black and the largest is white.
     """
     whites = (1, 255, 4095, 65535) if pixels.dtype.kind == "f" else (255, 4095, 65535)
-    pixels = pixels.astype(np.float64)
-    low, high = pixels.min(), pixels.max()
+    low, high = float(pixels.min()), float(pixels.max())
     if not np.isfinite(high - low):
         raise ValueError("its pixels are not finite")
-    white = next((white for white in whites if low >= 0 and high <= white), None)
+    black, white = 0, next((white for white in whites if low >= 0 and high <= white), None)
     if white is None:
-        pixels, white = pixels - low, max(high - low, 1e-9)
-    return (pixels * (255 / white)).round().astype(np.uint8)
+        black, white = low, max(high, low + 1e-9)
+    out = np.empty(pixels.shape, np.uint8)
+    for row, source in zip(out, pixels, strict=True):  # all rows at once would take gigabytes
+        row[:] = ((source.astype(np.float64) - black) * (255 / (white - black))).round()
+    return out
 
 
 def describe(path):

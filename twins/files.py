@@ -30,7 +30,7 @@ def write_file(path, content, previous=None):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
+            file.write(content if isinstance(content, bytes) else content.encode(errors="replace"))
             os.fsync(file.fileno())
         if previous and path.exists():
             os.replace(path, previous)
@@ -182,8 +182,9 @@ def read_checkpoint(path, device="cpu"):
 
 def is_checkpoint(saved):
     """Whether a dict is what a training script saves."""
-    rows = saved.get("first_row", [])
-    sound = isinstance(rows, list) and all(isinstance(r, dict) and type(r.get("step")) is int for r in rows)
+    rows, n_rows = saved.get("first_row", []), saved.get("n_rows", 0)
+    sound = type(n_rows) is int and isinstance(rows, list) and len(rows) >= (n_rows > 0)
+    sound = sound and all(isinstance(r, dict) and type(r.get("step")) is int for r in rows)
     sound = sound and all(type(saved.get(name)) is kind for name, kind in CHECKPOINT.items())
     return sound and saved["step"] >= 0 and all(type(saved["backbone"].get(n)) is str for n in BACKBONE)
 
@@ -191,7 +192,7 @@ def is_checkpoint(saved):
 def check_state(state):
     """Raises UserError for what a script's checkpoint could not hold, or not restore."""
     for name, value in state.items():
-        if name in CHECKPOINT or name == "first_row":
+        if name in CHECKPOINT or name in ("first_row", "n_rows"):
             raise UserError(f"state['{name}']: a checkpoint has that name for itself, choose another one")
         if not isinstance(value, torch.Tensor | str) and not hasattr(value, "load_state_dict"):
             kind = type(value).__name__

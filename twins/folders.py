@@ -4,10 +4,13 @@ Letters in shapes:  n images  s image side
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import os
 import re
+import tempfile
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -26,15 +29,16 @@ SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 IMAGES = ("images", "jpegimages")
 JUNK = {"@eadir", "#recycle", "$recycle.bin", "__macosx"}  # of Synology, QNAP, Windows, macOS
 MASKS = ("masks", "labels", "annotations", "segmentationclass", "segmentationobject")
+nfc = functools.partial(unicodedata.normalize, "NFC")  # of names: macOS and archives spell é in two ways
 
 
 def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     """Photographs in data_dir/train/<class>/*, data_dir/{test,val}/<class>/*, or flat without labels.
 
     Returns images uint8 [n 3 s s], labels int64 [n] or None, and the classes. Decoded once, short side
-    resized to s, centre cropped; kept in data_dir/.cache (in ~/.cache/dino-twins if data_dir is read-only) as
-    one memory-mapped array, made anew when a file's name, size or date changes. s is `image_size`, or
-    `cache_size` if given, 0 for 1.6 x image_size. Raises UserError if the layout is ambiguous.
+    resized to s, centre cropped; kept in cache_folder() as one memory-mapped array, made anew when a file's
+    name, size or date changes. s is `image_size`, or `cache_size` if given, 0 for 1.6 x image_size. Raises
+    UserError if the layout is ambiguous.
     """
     if not os.path.isdir(data_dir):
         raise UserError(f"--data_dir={data_dir} is not a folder: give the one that holds train/<class>/*.jpg")
@@ -42,13 +46,15 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     found = splits(top)
     root = split_folder(top, found, split)
     paths = image_files(root)
-    first = [below(root, path).split(os.sep) for path in paths]
+    first = [nfc(below(root, path)).split(os.sep) for path in paths]
     flat, home, known = all(len(parts) == 1 for parts in first), root, first
     if flat and split == "train":
         refuse_others(top, root, found)
     if split == "test" and "train" in found:  # numbered as in training
         home = without_masks(found["train"])
-        known = [below(home, path).split(os.sep) for path in walk(home)[0]]
+        known = [nfc(below(home, path)).split(os.sep) for path in walk(home)[0]]
+        if os.path.samefile(home, root):
+            print(f"warning: {root} is {home}, so these are training images", flush=True)
     classes = [] if flat else sorted({parts[0] for parts in known if len(parts) > 1})
     refuse_wrapping(home, classes, known)
     if classes and split == "train":
@@ -79,7 +85,7 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
         print(f"{root}: {len(paths)} images, no class folders", flush=True)
         return images, None, classes
     number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number[below(root, path).split(os.sep)[0]] for path in paths])
+    labels = torch.tensor([number[nfc(below(root, path)).split(os.sep)[0]] for path in paths])
     counts = [f"{name} {n}" for name, n in zip(classes, labels.bincount(minlength=len(classes)), strict=True)]
     shown = ", ".join(counts[:10]) + ", ..." * (len(counts) > 10)
     print(f"{root}: {len(paths)} images in {len(classes)} classes: {shown}", flush=True)
@@ -127,7 +133,7 @@ def refuse_others(top, root, found):
 def warn_of_new_classes(root, found, classes):
     """Prints a warning for a class that the test images have, but `root`, the training images, have not."""
     for other in (path for kind, path in found.items() if kind != "train"):
-        names = [name for name in subfolders(other) if name.lower() not in (*IMAGES, *MASKS)]
+        names = [nfc(name) for name in subfolders(other) if name.lower() not in (*IMAGES, *MASKS)]
         if new := [name for name in names if name not in classes]:
             print(f"warning: {root} has no class {new[0]}, but {other} has: evaluation will refuse it")
 
@@ -223,14 +229,11 @@ def image_files(root):
 def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BICUBIC, retry=True):
     """Images at `paths` as uint8 [n 3 size size], memory-mapped, decoded if not done yet, and their paths.
 
-    The file is `name`-size-hash.npy beside `root`, in ~/.cache/dino-twins if that is read-only; the hash is
-    of all files' names, sizes and dates. Raises UserError for images that cannot be read, or leaves them out,
-    up to 1 %.
+    The file is `name`-size-hash.npy in cache_folder(root); the hash is of all files' names, sizes and dates.
+    Raises UserError for images that cannot be read, or leaves them out, up to 1 %.
     """
     lines = [decoding.VERSION, *(f"{below(root, path)} {state_of(path)}" for path in paths)]
-    folder = root.parent / ".cache"
-    if not os.access(root.parent, os.W_OK):
-        folder = Path.home() / ".cache" / "dino-twins" / hashed(str(root.absolute()))
+    folder = cache_folder(root)
     file = folder / f"{name}-{size}-{hashed(chr(10).join(lines))}.npy"
     title = f"decoding into {folder}"
     try:
@@ -259,6 +262,18 @@ def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BIC
             raise UserError(f"{sentence}: fix or remove it, or leave it out with --skip_bad_images=True")
         print(f"left out {count}: {sentence}", flush=True)
     return images[: len(rows)], [paths[i] for i in rows]
+
+
+def cache_folder(root):
+    """The first that can be written: .cache beside `root`, .cache/dino-twins in the home or in /tmp."""
+    homes = [home for home in (os.path.expanduser("~"), tempfile.gettempdir()) if os.path.isabs(home)]
+    unique = hashed(str(root.absolute()))
+    for folder in (root.parent / ".cache", *(Path(home, ".cache", "dino-twins", unique) for home in homes)):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    raise UserError(f"the images of {root} cannot be decoded: no folder such as {folder} can be written")
 
 
 def state_of(path):

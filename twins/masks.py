@@ -168,10 +168,11 @@ def decode_mask(path, image, size, ids):
             mask = ImageOps.exif_transpose(mask)
             if inexact:
                 mask = mask.convert("L").point(lambda value: 255 * (value > 127))
-            pixels = np.asarray(mask)
+            found = mask.size
+            pixels = np.asarray(ImageOps.fit(mask, (size, size), Image.Resampling.NEAREST))
             if pixels.dtype.kind == "f" and (pixels != pixels.round()).any():  # NaN, too
                 raise ValueError("it holds fractions, a mask has whole numbers")
-            pixels = ids(pixels.astype(np.int32)).astype(np.int32)
+            pixels = ids(pixels.astype(np.int32))
         if pixels.ndim != 2:
             raise ValueError("it has colours, a mask has a number for each pixel")
         if pixels.max() > LARGEST or pixels.min() < -1:
@@ -182,8 +183,6 @@ def decode_mask(path, image, size, ids):
             sides = photograph.size[::-1] if on_its_side else photograph.size
     except Exception as error:  # Pillow raises many kinds for broken files
         raise UserError(f"{path} cannot be read as a mask ({error}): fix or remove it") from None
-    if pixels.shape != sides[::-1]:
-        found = f"{pixels.shape[1]} x {pixels.shape[0]}"
-        raise UserError(f"{path} is {found} pixels, its image {sides[0]} x {sides[1]}")
-    mask = ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.NEAREST)
-    return np.asarray(mask).astype(np.int16)
+    if found != sides:
+        raise UserError(f"{path} is {found[0]} x {found[1]} pixels, its image {sides[0]} x {sides[1]}")
+    return pixels.astype(np.int16)

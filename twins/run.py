@@ -228,7 +228,8 @@ class Run:
         kind = type(self.backbone)
         known = {"name": self.backbone_name, "module": kind.__module__, "class": kind.__name__}
         known["args"] = getattr(self.backbone, "args", None)
-        saved = {"step": step, "seconds": self.seconds, "first_row": self.rows[:1], "config": self.config}
+        saved = {"step": step, "seconds": self.seconds, "config": self.config}
+        saved.update(first_row=self.rows[:1], n_rows=len(self.rows))
         buffer = io.BytesIO()
         torch.save({"script": self.script.stem, **saved, "backbone": known, **state}, buffer)
         try:
@@ -265,9 +266,10 @@ class Run:
         self.start, self.seconds = saved["step"], saved["seconds"]
         if self.start > self.steps:
             raise UserError(f"{path} is at step {self.start}, beyond the new end, step {self.steps}")
-        self.rows = [row for row in read_log(self.dir / "log.jsonl") if row["step"] <= self.start]
+        rows = {row["step"]: row for row in read_log(self.dir / "log.jsonl")}
+        self.rows = [row for step, row in rows.items() if step <= self.start]
         first = saved.get("first_row") or self.rows[:1]
-        if self.rows[:1] != first:
+        if self.rows[:1] != first or len(self.rows) < saved.get("n_rows", 0):
             print(f"warning: {self.dir}/log.jsonl has lost rows; the first is taken from {path}")
             self.rows = first + [row for row in self.rows if row["step"] > first[0]["step"]]
         for name, value in self.state.items():

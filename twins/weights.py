@@ -136,7 +136,8 @@ def read_tensors(path, saved):
     if file.suffix == ".safetensors":
         content, expected = file.read_bytes(), known.pop("sha256", None)
         if expected and expected != sha256(content):
-            raise UserError(f"{file} is damaged: its checksum is not that of config.json")
+            problem = "is damaged, or not of one save with config.json: its checksum differs"
+            raise UserError(f"{file} {problem}; if its run is there, give that run's folder")
         try:
             return from_safetensors(content), known
         except Exception as error:  # safetensors raises its own kind
