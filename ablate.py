@@ -147,7 +147,7 @@ def words_of(cell, **more):
 
 
 def cost_command(cell, file):
-    """Measures five steps of a run, at learning rate 0 lest it diverge, and writes their cost into a file."""
+    """Measures five steps of a run, with base_lr=0 so that none diverges; writes their cost into a file."""
     few = {"knn_bank": 50, "knn_queries": 20, "max_steps": 10**6, "eval_every": 10**6, "base_lr": 0.0}
     words = [ROOT / f"{cell['script']}.py", *words_of(cell, **few)]
     return [ROOT / "twins" / "stopwatch.py", file, 2, 3, "", *words]

@@ -19,8 +19,8 @@ from conftest import ROOT
 from data import Batches, batch_indices, fingerprint, load
 from twins import decoding
 from twins.datasets import Split
+from twins.decoding import decode
 from twins.errors import UserError
-from twins.folders import decode
 
 CPU = torch.device("cpu")
 

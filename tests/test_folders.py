@@ -18,7 +18,7 @@ from PIL import Image
 import attn_viz
 import data
 import twins.monitor as monitor
-from twins import datasets, decoding, folders, keys, masks
+from twins import cache, datasets, decoding, keys, masks
 from twins.errors import UserError
 from twins.masks import has_masks, load_masks
 
@@ -180,11 +180,11 @@ def test_images_of_a_folder_that_cannot_be_written_are_cached_elsewhere(tmp_path
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in read_only and allowed(path, mode))
     for home in (tmp_path / "home", "~"):
         monkeypatch.setattr(os.path, "expanduser", lambda path, home=home: str(home))
-        monkeypatch.setattr(folders.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+        monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
         read_only.append(tmp_path / ".cache")
         place = tmp_path / ("tmp" if home == "~" else "home") / ".cache/dino-twins"
-        assert folders.cache_folder(root).parent == place
-    read_only += [folders.cache_folder(root)]
+        assert cache.cache_folder(root).parent == place
+    read_only += [cache.cache_folder(root)]
     with pytest.raises(UserError, match=r"no folder such as .*tmp/.cache/.* can be written"):
         load(root)
     assert not (tmp_path / "~").exists()
@@ -468,6 +468,13 @@ def test_a_palette_of_white_background_is_refused(tmp_path):
     image.save(tmp_path / "train/masks/0.png")
     with pytest.raises(UserError, match="white for class 0 and black for class 1, save it in grey"):
         load_masks("folder", tmp_path, 8)
+
+
+def test_test_masks_that_are_the_training_masks_are_said(tmp_path, capsys):
+    masked(tmp_path, np.uint8(DISK), parts=("train",))
+    (tmp_path / "val").symlink_to("train")
+    assert len(load_masks("folder", tmp_path, 8, "test").images) == 1
+    assert f"warning: {tmp_path}/val is {tmp_path}/train, so these" in capsys.readouterr().out
 
 
 def test_masks_are_found_in_splits_of_other_names(tmp_path):

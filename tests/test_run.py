@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 import data
 from conftest import ROOT, SCRIPTS, tiny
 from twins import datasets, decoding, files
+from twins.decoding import decode
 from twins.errors import UserError
 from twins.files import read_checkpoint, write_file
-from twins.folders import decode
 from vit import ViT
 
 

@@ -1,25 +1,19 @@
-"""Folders of photographs: which files are images of which split, and the cache they are decoded into once.
+"""Folders of photographs: which files are images, of which split and class.
 
 Letters in shapes:  n images  s image side
 """
 
-import contextlib
 import functools
-import glob
-import hashlib
 import os
 import re
-import tempfile
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from twins import decoding
-from twins.decoding import decode
+from twins.cache import cached
 from twins.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp", ".gif", ".tif"}
@@ -36,7 +30,7 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     """Photographs in data_dir/train/<class>/*, data_dir/{test,val}/<class>/*, or flat without labels.
 
     Returns images uint8 [n 3 s s], labels int64 [n] or None, and the classes. Decoded once, short side
-    resized to s, centre cropped; kept in cache_folder() as one memory-mapped array, made anew when a file's
+    resized to s, centre cropped; kept in a cache as one memory-mapped array, made anew when a file's
     name, size or date changes. s is `image_size`, or `cache_size` if given, 0 for 1.6 x image_size. Raises
     UserError if the layout is ambiguous.
     """
@@ -53,8 +47,7 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     if split == "test" and "train" in found:  # numbered as in training
         home = without_masks(found["train"])
         known = [nfc(below(home, path)).split(os.sep) for path in walk(home)[0]]
-        if os.path.samefile(home, root):
-            print(f"warning: {root} is {home}, so these are training images", flush=True)
+        warn_of_training_images(root, found["train"])
     classes = [] if flat else sorted({parts[0] for parts in known if len(parts) > 1})
     refuse_wrapping(home, classes, known)
     if classes and split == "train":
@@ -136,6 +129,12 @@ def warn_of_new_classes(root, found, classes):
         names = [nfc(name) for name in subfolders(other) if name.lower() not in (*IMAGES, *MASKS)]
         if new := [name for name in names if name not in classes]:
             print(f"warning: {root} has no class {new[0]}, but {other} has: evaluation will refuse it")
+
+
+def warn_of_training_images(root, train):
+    """Prints a warning if the test images in `root` are those of the folder `train`, by a link."""
+    if train.resolve() in (root.resolve(), *root.resolve().parents):
+        print(f"warning: {root} is {train}, so these are training images", flush=True)
 
 
 def below(root, path):
@@ -224,76 +223,3 @@ def image_files(root):
         kinds = ", ".join(f"{n} {what}" for what, n in left.most_common(8))
         print(f"{root}: left out {left.total()} that do not look like images: {kinds}", flush=True)
     return paths
-
-
-def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BICUBIC, retry=True):
-    """Images at `paths` as uint8 [n 3 size size], memory-mapped, decoded if not done yet, and their paths.
-
-    The file is `name`-size-hash.npy in cache_folder(root); the hash is of all files' names, sizes and dates.
-    Raises UserError for images that cannot be read, or leaves them out, up to 1 %.
-    """
-    lines = [decoding.VERSION, *(f"{below(root, path)} {state_of(path)}" for path in paths)]
-    folder = cache_folder(root)
-    file = folder / f"{name}-{size}-{hashed(chr(10).join(lines))}.npy"
-    title = f"decoding into {folder}"
-    try:
-        with tqdm(total=len(paths), desc=title, unit=" images", disable=file.exists()) as bar:
-            flags = decoding.decode_all(paths, size, file, lambda n: bar.update(n - bar.n), resample)
-        remove_old(folder, f"{name}-{size}", file.stem)
-        images = torch.from_numpy(np.load(file, mmap_mode="c"))
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"the cache {file} cannot be made or read: {error}") from None
-    rows = decoding.rows_of(flags)
-    broken = [path for path, flag in zip(paths, flags, strict=True) if flag == decoding.BROKEN]
-    if broken:
-        try:
-            decode(broken[0], size)
-            if retry:  # it can be read by now
-                file.unlink()
-                return cached(root, paths, size, name, skip_bad_images, resample, retry=False)
-            sentence = f"{broken[0]} could not be read when {file} was made"
-        except ValueError as error:
-            sentence = str(error)
-        sentence += f", nor can {len(broken) - 1} more, e.g. {', '.join(broken[1:4])}" if broken[1:] else ""
-        count = f"{len(broken)} of {len(paths)} images"
-        if len(broken) > 0.01 * len(paths):
-            raise UserError(f"{sentence}: {count} are too many to leave out, fix or remove them")
-        if not skip_bad_images:
-            raise UserError(f"{sentence}: fix or remove it, or leave it out with --skip_bad_images=True")
-        print(f"left out {count}: {sentence}", flush=True)
-    return images[: len(rows)], [paths[i] for i in rows]
-
-
-def cache_folder(root):
-    """The first that can be written: .cache beside `root`, .cache/dino-twins in the home or in /tmp."""
-    homes = [home for home in (os.path.expanduser("~"), tempfile.gettempdir()) if os.path.isabs(home)]
-    unique = hashed(str(root.absolute()))
-    for folder in (root.parent / ".cache", *(Path(home, ".cache", "dino-twins", unique) for home in homes)):
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
-    raise UserError(f"the images of {root} cannot be decoded: no folder such as {folder} can be written")
-
-
-def state_of(path):
-    """A file's size and date, by which a change is noticed; a broken link has neither."""
-    try:
-        stat = os.stat(path)
-        return f"{stat.st_size} {stat.st_mtime_ns}"
-    except OSError as error:
-        return error.strerror
-
-
-def hashed(text):
-    """16 hexadecimal digits; file names need not be UTF-8."""
-    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
-
-
-def remove_old(folder, name, new):
-    """Removes outdated caches, <name>-<hash>, except `new` and those in use by others."""
-    for lock in folder.glob(f"{glob.escape(name)}-{16 * '[0-9a-f]'}.lock"):
-        if lock.stem != new:
-            with contextlib.suppress(OSError), decoding.locked(lock, wait=False):
-                for suffix in (".npy", ".npy.part", ".flags", ".paths"):
-                    lock.with_suffix(suffix).unlink(missing_ok=True)

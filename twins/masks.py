@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from twins.cache import cached
 from twins.datasets import Split, fetch, load
 from twins.errors import UserError
-from twins.folders import below, cached, image_files, splits, walk
+from twins.folders import below, image_files, splits, walk, warn_of_training_images
 
 DATASETS = ("shapes", "folder", "voc2012", "pet", "imagenet_s")
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
@@ -66,6 +67,8 @@ def mask_folder(root, split):
     root = next((path for path in roots if (path / "images").is_dir() and (path / "masks").is_dir()), None)
     if root is None:
         raise UserError(f"--data_dir has no masks: no {names[-1]}/images/ with {names[-1]}/masks/ beside it")
+    if split == "test" and "train" in found:
+        warn_of_training_images(root, found["train"])
     images, (masks, _) = image_files(root / "images"), walk(root / "masks")
     masks.sort(key=lambda mask: mask.endswith(".png"))  # of two masks, the .png one
     masks = {stem(root / "masks", mask): mask for mask in masks}
