@@ -475,8 +475,8 @@ def test_the_readmes_controls_are_those_of_the_rows():
     untrained = random_weights(ROOT / "results" / "models-cifar10")["test k-NN"]
     learned = 100 * (np.mean([made["test"]["test knn"] for made in groups["Hybrid A"]]) - untrained)
     losses.insert(2, learned)
-    said = "without CE test k-NN falls by {:.1f} points, without CC by {:.1f} of {:.1f} learned, "
-    said += "with one Z for both, as drawn below, by {:.1f} "
+    said = "test k-NN falls by {:.1f} points without CE, by {:.1f} (of {:.1f} above random weights) without "
+    said += "CC, by {:.1f} with one Z for both losses"
     assert said.format(*losses) in " ".join(paragraph.split())
 
 
