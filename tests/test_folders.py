@@ -385,6 +385,11 @@ def test_a_nan_and_dark_16_bit_colours_are_refused(tmp_path):
             decoding.decode(path, 4)
 
 
+@pytest.mark.parametrize("value", [10**8, -5])
+def test_a_deep_image_of_one_value_is_black(value):
+    assert (decoding.to_bytes(np.full((2, 2), value, np.int32)) == 0).all()
+
+
 def test_deep_pixels_are_said_once(tmp_path, capsys):
     for i in range(3):
         Image.fromarray((4095 * RAMP).astype(np.uint16)).save(tmp_path / f"{i}.png")

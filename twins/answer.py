@@ -101,12 +101,12 @@ def same_settings(results, dataset):
 
     tuned = {own: settings(group_rows(read_rows(own))) for own in folders_of(results, "models", dataset)}
     found = {}
-    for folder in sorted(set(results.glob("models-*")) - tuned.keys()):
-        other = folder.name.removeprefix("models-")
+    newest = {folder for folder in results.glob("models-*") if folder.name.count("-") == 1}
+    for folder in sorted(newest - tuned.keys()):
         groups = group_rows(read_rows(folder))
         same = [own.name for own, its_settings in tuned.items() if its_settings == settings(groups)]
-        if groups and same and "-" not in other:
-            found[other] = groups, same[0]
+        if groups and same:
+            found[folder.name.removeprefix("models-")] = groups, same[0]
     return found
 
 

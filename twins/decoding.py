@@ -41,10 +41,11 @@ def to_bytes(pixels):
         raise ValueError("its pixels are not finite")
     black, white = 0, next((white for white in whites if low >= 0 and high <= white), None)
     if white is None:
-        black, white = low, max(high, low + 1e-9)
+        black, white = low, high
+    scale = 255 / max(white - black, 1e-9)
     out = np.empty(pixels.shape, np.uint8)
     for row, source in zip(out, pixels, strict=True):  # all rows at once would take gigabytes
-        row[:] = ((source.astype(np.float64) - black) * (255 / (white - black))).round()
+        row[:] = ((source.astype(np.float64) - black) * scale).round()
     return out
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from twins import decoding
-from twins.cache import cached
+from twins.cache import below, cached
 from twins.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp", ".gif", ".tif"}
@@ -135,11 +135,6 @@ def warn_of_training_images(root, train):
     """Prints a warning if the test images in `root` are those of the folder `train`, by a link."""
     if train.resolve() in (root.resolve(), *root.resolve().parents):
         print(f"warning: {root} is {train}, so these are training images", flush=True)
-
-
-def below(root, path):
-    """`path`, which begins with `root`, without it; pathlib takes ten times as long."""
-    return path[len(str(root)) + 1 :]
 
 
 def unreadable(error):

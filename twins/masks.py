@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from twins.cache import cached
+from twins.cache import below, cached
 from twins.datasets import Split, fetch, load
 from twins.errors import UserError
-from twins.folders import below, image_files, splits, walk, warn_of_training_images
+from twins.folders import image_files, splits, walk, warn_of_training_images
 
 DATASETS = ("shapes", "folder", "voc2012", "pet", "imagenet_s")
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
@@ -171,7 +171,7 @@ def decode_mask(path, image, size, ids):
             mask = ImageOps.exif_transpose(mask)
             if inexact:
                 mask = mask.convert("L").point(lambda value: 255 * (value > 127))
-            found = mask.size
+            width, height = mask.size
             pixels = np.asarray(ImageOps.fit(mask, (size, size), Image.Resampling.NEAREST))
             if pixels.dtype.kind == "f" and (pixels != pixels.round()).any():  # NaN, too
                 raise ValueError("it holds fractions, a mask has whole numbers")
@@ -186,6 +186,6 @@ def decode_mask(path, image, size, ids):
             sides = photograph.size[::-1] if on_its_side else photograph.size
     except Exception as error:  # Pillow raises many kinds for broken files
         raise UserError(f"{path} cannot be read as a mask ({error}): fix or remove it") from None
-    if found != sides:
-        raise UserError(f"{path} is {found[0]} x {found[1]} pixels, its image {sides[0]} x {sides[1]}")
+    if (width, height) != sides:
+        raise UserError(f"{path} is {width} x {height} pixels, its image {sides[0]} x {sides[1]}")
     return pixels.astype(np.int16)
