@@ -16,9 +16,8 @@ search's second round (successive halving) trains its best settings again, and o
 A further round, `--search_dir=SECOND --trials=1 --changes="n_local=0;n_local=0 ema_end=0.97"`, tries changes
 to the best setting, those between semicolons one by one.
 
-Settings are chosen on held-out training images: the best has the highest k-NN accuracy of those that did not
-collapse. A run collapsed if its RankMe ends below a quarter of the untrained network's, its k-NN accuracy
-below the untrained network's, or its loss was not finite.
+Settings are chosen by k-NN accuracy on held-out training images, among runs that did not collapse. A run
+collapsed if RankMe ends below a quarter of the untrained network's, k-NN below its, or a loss was not finite.
 
 Finished runs are skipped, stopped ones resumed; Ctrl-C saves all. A run that fails stops no other and is
 listed at the end. Trials and seeds run in rounds, so the rows are a full table at any time.
@@ -34,7 +33,7 @@ from pathlib import Path
 
 from twins.answer import fill_pages
 from twins.errors import ROOT, UserError
-from twins.files import only_writer, read_json
+from twins.files import only_writer, read_json, write_file
 from twins.jobs import default_slots, last_line, run_jobs, start
 from twins.keys import holds_run, parse
 from twins.reports import write_report
@@ -214,9 +213,10 @@ def compare_attention():
     if not groups:
         return print(f"attention maps are not compared: {runs_dir} holds no checkpoint")
     text = ",".join(f"{script}={':'.join(paths)}" for script, paths in groups.items())
-    words = [f"--ckpt={text}", f"--out_dir={out_dir}", f"--device={device}"]
+    words = [f"--ckpt={text}", f"--out_dir={runs_dir}", f"--device={device}"]
     if subprocess.run([sys.executable, ROOT / "attn_viz.py", *words]).returncode:
         raise UserError("attn_viz.py failed; the rows are complete")
+    write_file(out_dir / "attention.json", (runs_dir / "attention.json").read_bytes())
 
 
 if __name__ == "__main__":

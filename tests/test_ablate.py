@@ -18,7 +18,7 @@ import ablate
 from conftest import ROOT, launch
 from twins.answer import answer, random_weights
 from twins.errors import UserError
-from twins.files import write_file
+from twins.files import read_json, write_file
 from twins.jobs import run_jobs
 from twins.reports import BLOCK, fill, read_attention, report_study, table_of, write_report
 from twins.sentences import compare_models, compare_trials
@@ -186,8 +186,11 @@ def test_rows_of_another_study_are_one_sentence(tmp_path):
         unfinished([], "models", tmp_path, ablate.name_of)
     write_file(tmp_path / "attention.json", '{"tests": []}')
     assert read_attention(tmp_path) == {}
-    for tests in ("5", "[{}]", '[{"groups": ["a"]}]', '{"a": 1}'):
-        write_file(tmp_path / "attention.json", f'{{"tests": {tests}}}')
+    sound = read_json(ROOT / "results" / "models-cifar10" / "attention.json")
+    broken = [{"tests": tests} for tests in (5, [{}], [{"groups": ["a"]}], {"a": 1})]
+    broken += [{"divergence_bits": [[0.0]]}, {"seed_of_run": 3}, {"group_of_run": None}]
+    for values in broken:
+        write_file(tmp_path / "attention.json", json.dumps({**sound, **values}))
         with pytest.raises(UserError, match=r"attention.json is broken: remove it"):
             read_attention(tmp_path)
 
@@ -359,15 +362,17 @@ def test_files_beside_a_run_have_its_whole_name(monkeypatch):
 
 def test_attention_is_compared_of_the_checkpoints_that_are_here(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablate, "out_dir", tmp_path)
-    monkeypatch.setattr(ablate, "runs_dir", tmp_path)
+    monkeypatch.setattr(ablate, "runs_dir", tmp_path / "runs")
     write_rows(tmp_path, [row(script, "full", 0, 0.3) for script in ("dino", "barlow")])
     ablate.compare_attention()
     assert "attention maps are not compared" in capsys.readouterr().out
     commands, done = [], SimpleNamespace(returncode=0)
     monkeypatch.setattr(ablate.subprocess, "run", lambda words: commands.append(words) or done)
-    write_file(tmp_path / "dino-full-0-0" / "ckpt.pt", "")
+    write_file(tmp_path / "runs" / "dino-full-0-0" / "ckpt.pt", "")
+    write_file(tmp_path / "runs" / "attention.json", "{}")
     ablate.compare_attention()
-    assert commands[0][2] == f"--ckpt=dino={tmp_path}/dino-full-0-0/ckpt.pt"
+    assert commands[0][2] == f"--ckpt=dino={tmp_path}/runs/dino-full-0-0/ckpt.pt"
+    assert (tmp_path / "attention.json").read_text() == "{}"
 
 
 def test_a_budget_of_less_than_a_step_is_refused(tmp_path, monkeypatch):
@@ -448,7 +453,8 @@ def test_the_readmes_figures_are_those_of_the_rows():
         study, attention = folder.name.partition("-")[0], read_attention(folder)
         page = report_study(read_rows(folder), study, attention)
         assert (folder / "README.md").read_text() == page["README.md"]
-        assert all((folder / name).exists() for name in page)
+        pictures = {path.name for path in folder.glob("*.png")}
+        assert pictures == page.keys() - {"README.md"}  # each is made from the rows
     page = (ROOT / "results" / "README.md").read_text()
     tables = BLOCK.findall(page)
     assert [file for _, file, _ in tables] == [
@@ -580,10 +586,9 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     write_rows(tmp_path / "models-cifar10", rows)
     test = {"groups": list(TITLES), "between": 0.3, "within": 0.2, "ratio": 1.5, "effect": 0.1, "p": 0.01}
     test.update(interval95=[0.1, 0.2], exact=True, paired="all", smallest_p=0.01, spread_differs=False)
-    write_file(
-        tmp_path / "models-cifar10/attention.json",
-        json.dumps({"tests": [test], "names": [*TITLES, "random"], "group_of_run": [0, 0, 1, 4]}),
-    )
+    found = {"tests": [test], "names": [*TITLES, "random"], "group_of_run": [0, 0, 1, 4]}
+    found.update(seed_of_run=[0, 1, 0, -1], divergence_bits=np.eye(4).tolist())
+    write_file(tmp_path / "models-cifar10/attention.json", json.dumps(found))
     text = answer_text(tmp_path)
     said = "No: worse than" if seeds == 8 else "Worse than"
     said += f" DINO and Barlow Twins (both hybrids, {seeds} seeds)."

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from twins.errors import UserError
+from twins.evaluation_pictures import divergence_picture
 from twins.files import read_json, write_file
 from twins.permutation import sentence
 from twins.pictures import printed
@@ -59,9 +60,17 @@ def read_attention(folder):
         return {}
     try:
         sentence(found["tests"][0], found["tests"][0]["groups"])
+        mean, groups, seeds = divergences(found)
+        if mean.shape != (len(groups), len(seeds)):
+            raise ValueError
     except (KeyError, TypeError, ValueError, IndexError):
         raise UserError(f"{file} is broken: remove it, and run attn_viz.py again") from None
     return found
+
+
+def divergences(attention):
+    """Mean divergence [r r], group and seed of each run int64 [r], of an attention.json."""
+    return [np.array(attention[key]) for key in ("divergence_bits", "group_of_run", "seed_of_run")]
 
 
 def report_study(rows, study, attention=None):
@@ -79,7 +88,9 @@ def report_study(rows, study, attention=None):
     if attention:
         test = attention["tests"][0]  # of all methods
         text.append(sentence(test, [printed(name) for name in test["groups"]]))
-        text += [f"![{name}]({name})" for name in ("attention.png", "divergence.png")]
+        mean, *runs = divergences(attention)
+        figures["divergence.png"] = divergence_picture(mean, attention["names"], *runs)
+        text.append("![divergence.png](divergence.png)")
     text.append("Each run's command, commit, device and curve: `rows.jsonl`.")
     return {"README.md": "\n\n".join(text) + "\n", **figures}
 
