@@ -40,11 +40,11 @@ def training_split(data, knn_bank, knn_queries, batch_size):
     if data.labels is None:
         print("no class folders, so no labels: training on all images, the k-NN monitor is off", flush=True)
         held = order[:0]
-    kept = order[~torch.isin(order, held)]
-    if batch_size > len(kept):
-        images = f"the {len(kept)} images to train on ({n} less what is held out)"
+    train_indices = order[~torch.isin(order, held)]
+    if batch_size > len(train_indices):
+        images = f"the {len(train_indices)} images to train on ({n} less what is held out)"
         raise UserError(f"--batch_size={batch_size} is larger than {images}")
-    return kept, labelled[len(held) :][:knn_bank], held[:knn_queries]
+    return train_indices, labelled[len(held) :][:knn_bank], held[:knn_queries]
 
 
 def fingerprint(data):
@@ -63,28 +63,33 @@ class Batches:
     the background: from its cache file for a `folder`, from memory for the other data sets.
     """
 
-    def __init__(self, images, kept, batch_size, seed, device, memory_gib):
+    def __init__(self, images, train_indices, batch_size, seed, device, memory_gib):
         gib = images[0].numel() * len(images) / 2**30
         self.pool = None if gib <= memory_gib else ThreadPoolExecutor(1)
         if self.pool:
             more = f"{gib:.3g} GiB of images, more than --memory_gib={memory_gib:g}"
             print(f"{more}: batches are read ahead", flush=True)
         self.images = images if self.pool else images.to(device)
-        self.rows, self.batch_size, self.seed, self.device, self.ahead = kept, batch_size, seed, device, {}
+        self.train_indices = train_indices
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = device
+        self.reading = {}  # step: a Future of its images
 
     def read(self, step):
-        some = self.rows[shard(batch_indices(len(self.rows), self.batch_size, self.seed, step))]
+        order = batch_indices(len(self.train_indices), self.batch_size, self.seed, step)
+        indices = self.train_indices[shard(order)]
         if self.pool is None:
-            return self.images[to_device(some, self.device)]
-        return self.images[some].pin_memory() if self.device.type == "cuda" else self.images[some]
+            return self.images[to_device(indices, self.device)]
+        return self.images[indices].pin_memory() if self.device.type == "cuda" else self.images[indices]
 
     def __call__(self, step):
         if self.pool is None:
             return self.read(step)
-        for soon in range(step, step + 3):
-            if soon not in self.ahead:
-                self.ahead[soon] = self.pool.submit(self.read, soon)
-        return to_device(self.ahead.pop(step).result(), self.device)
+        for ahead in range(step, step + 3):
+            if ahead not in self.reading:
+                self.reading[ahead] = self.pool.submit(self.read, ahead)
+        return to_device(self.reading.pop(step).result(), self.device)
 
 
 class Crop(NamedTuple):
@@ -128,27 +133,29 @@ def multi_crop(images, crops, seed, step):
     """Random views of a batch: images uint8 [b 3 s s] -> for each Crop a float tensor [b 3 v v], normalised.
 
     With several processes, `images` is this one's shard of the batch; random numbers drawn for the other
-    shards are discarded.
-
-    Crops of one size are made together.
+    shards are discarded. Crops of one size are made together.
     """
     rng = np.random.default_rng((seed, 1, step, 0))
-    drawn = [draw(len(images) * world(), images.shape[-1], crop, rng) for crop in crops]
-    drawn = [{k: shard(value) for k, value in p.items()} for p in drawn]
-    views = {}
-    for size in {crop.size for crop in crops}:
-        mine = [v for v, crop in enumerate(crops) if crop.size == size]
-        params = {k: torch.cat([drawn[v][k] for v in mine]) for k in drawn[0]}
+    params = []  # of each crop: {name: [b]}
+    for crop in crops:
+        whole_batch = draw(len(images) * world(), images.shape[-1], crop, rng)
+        params.append({name: shard(values) for name, values in whole_batch.items()})
+    views = [None] * len(crops)
+    for size in dict.fromkeys(crop.size for crop in crops):
+        same_size = [v for v, crop in enumerate(crops) if crop.size == size]
+        joined = {name: torch.cat([params[v][name] for v in same_size]) for name in params[0]}
         order = rng.permutation(4)  # of the four jitters, one for all views of this size
-        # in pieces that stay in a CPU core's cache
-        piece_size = 64 if images.device.type == "cpu" else len(images) * len(mine)
-        which = torch.arange(len(images)).repeat(len(mine))
-        made = []
-        for piece in torch.arange(len(which)).split(piece_size):
-            p = {k: value[piece] for k, value in params.items()}
-            made.append(augment(images[to_device(which[piece], images.device)], p, order, size))
-        views.update(zip(mine, torch.cat(made).chunk(len(mine)), strict=True))
-    return [views[v] for v in range(len(crops))]
+        image_of_view = torch.arange(len(images)).repeat(len(same_size))
+        # on a CPU in pieces that stay in a core's cache
+        piece_size = 64 if images.device.type == "cpu" else len(image_of_view)
+        pieces = []
+        for rows in torch.arange(len(image_of_view)).split(piece_size):
+            p = {name: values[rows] for name, values in joined.items()}
+            source = images[to_device(image_of_view[rows], images.device)]
+            pieces.append(augment(source, p, order, size))
+        for v, view in zip(same_size, torch.cat(pieces).chunk(len(same_size)), strict=True):
+            views[v] = view
+    return views
 
 
 def draw(b, side, crop, rng):
@@ -185,18 +192,23 @@ def draw(b, side, crop, rng):
 
 def augment(images, p, order, size):
     """Images uint8 [b 3 s s] and the parameters `p` of draw() -> normalised views [b 3 size size]."""
-    here = {k: to_device(value, images.device) for k, value in p.items()}
-    box = [here[name] for name in ("left", "top", "width", "height", "flip")]
+    on_device = {name: to_device(values, images.device) for name, values in p.items()}
+    box = [on_device[name] for name in ("left", "top", "width", "height", "flip")]
     x = resized_crop(from_bytes(images), *box, size).clamp_(0, 1)  # bicubic weights overshoot
-    jitters = (brightness, contrast, saturation, hue)
-    for jitter in (jitters[i] for i in order):
-        x = jitter(x, here[jitter.__name__])
-    # operations that few images get; `p` is on the CPU, so that counting them does not wait for the device
-    for operation, flags in ((grey, p["grey"]), (blur, p["blur"] > 0), (solarize, p["solarize"])):
-        if flags.any():
-            some = to_device(flags.nonzero()[:, 0], x.device)
-            x[some] = blur(x[some], here["blur"][some]) if operation is blur else operation(x[some])
+    jitters = [("brightness", brightness), ("contrast", contrast), ("saturation", saturation), ("hue", hue)]
+    for name, jitter in [jitters[i] for i in order]:
+        x = jitter(x, on_device[name])
+    change_where(p["grey"], x, grey)
+    change_where(p["blur"] > 0, x, blur, on_device["blur"])
+    change_where(p["solarize"], x, solarize)
     return normalise(x)
+
+
+def change_where(flags, x, operation, *params):
+    """x[i] = operation(x[i], params[i]) where flags [b], which is on the CPU, so no device is waited for."""
+    if flags.any():
+        rows = to_device(flags.nonzero()[:, 0], x.device)
+        x[rows] = operation(x[rows], *(values[rows] for values in params))
 
 
 def resized_crop(x, left, top, width, height, flip, size):

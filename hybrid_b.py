@@ -30,9 +30,9 @@ from twins.weights import start_from
 from vit import ViT, check_size, init_weights
 
 dataset = "cifar10"  # shapes, cifar10, cifar100, imagenet32, stl10 or folder
-data_dir = "data"  # where its files are, or are downloaded to
+data_dir = "data"  # folder of the data set; downloads go there
 out_dir = ""  # where the run writes; empty: out/<script>-<dataset>
-preset = ""  # a set of changed defaults, see PRESETS: small (shapes and stl10 apply with their data set)
+preset = ""  # named defaults, see PRESETS: small; shapes and stl10 come with their data set
 skip_bad_images = False  # in a folder, skip files that cannot be read, up to 1 %
 memory_gib = 8.0  # data sets up to this size stay on the device; batches of larger ones are read ahead [0..]
 resume = False  # continue the run in out_dir
@@ -42,7 +42,7 @@ device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "auto"  # of the networks; auto: bfloat16 where it is faster [float32|bfloat16|float64]
 compile = False  # torch.compile the blocks: a minute slower to start, faster afterwards
 epochs = 100  # passes over the training images [1..]
-max_steps = 0  # optimizer steps; 0: as many as `epochs` gives [0..]
+max_steps = 0  # optimizer steps; 0: set by `epochs` [0..]
 batch_size = 256  # images per step, over all processes [2..]
 base_lr = 5e-4  # learning rate at batch_size 256, scaled linearly with it [0..]
 min_lr = 1e-6  # learning rate at the end of the cosine [0..]
@@ -211,7 +211,7 @@ def cosine(start, end, step, steps, warmup=0):
 if __name__ == "__main__":
     config = configure(globals())  # command line and presets: from here on every option has its final value
     device, autocast = setup(device, dtype, seed)
-    init_state = start_from(globals(), ViT) if init and not resume else None  # sets dim, depth ... too
+    init_state = start_from(globals(), config, ViT) if init and not resume else None  # sets dim, heads ...
     for size in (image_size, local_size):
         check_size(size, patch_size)
     data = load(dataset, data_dir, image_size, "train", skip_bad_images, cache_size)
@@ -234,9 +234,9 @@ if __name__ == "__main__":
     eval_backbone = teacher.backbone  # the one that is evaluated and exported
     # --- end method
 
-    matrices = [p for p in student.parameters() if p.ndim > 1]
-    others = [p for p in student.parameters() if p.ndim < 2]  # biases and norms: without weight decay
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    decayed = [p for p in student.parameters() if p.ndim > 1]
+    not_decayed = [p for p in student.parameters() if p.ndim < 2]  # biases and norms
+    groups = [{"params": decayed}, {"params": not_decayed, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=base_lr, weight_decay=wd, fused=True)
     state.update(optimizer=optimizer, data=fingerprint(data))  # resuming warns if the data has changed
     run = Run(__file__, config, steps, state, eval_backbone, device)  # state: what a checkpoint holds
@@ -251,15 +251,15 @@ if __name__ == "__main__":
         lr = cosine(base_lr * batch_size / 256, min_lr, step, steps, int(warmup_epochs * steps_per_epoch))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)  # of the matrices
+        optimizer.param_groups[0]["weight_decay"] = cosine(wd, wd_end, step, steps)  # of `decayed`
         views = multi_crop(batches(step), crops, seed, step)  # a list of [b 3 s s], one for each crop
 
         # --- method
         warming_up = tau_t < tau_s and epoch < tau_t_warmup_epochs  # no warm-up without sharpening
         progress = min(int(epoch) / max(tau_t_warmup_epochs - 1, 1), 1) if warming_up else 1
+        tau = tau_t_start + (tau_t - tau_t_start) * progress
         with autocast:
             (z_s, z_s_cc), (z_t, _) = model(views[:-1]), teacher(views[-1:])
-        tau = tau_t_start + (tau_t - tau_t_start) * progress
         p_t = ((z_t - center) / tau).softmax(-1)  # [u b k]
         ce = cross_entropy(p_t, z_s, tau_s).mean()
         partners = range(1, len(z_s) if cc_local else 2)

@@ -99,7 +99,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size, dim):
         super().__init__()
-        self.patch_size, self.proj = patch_size, nn.Conv2d(3, dim, patch_size, patch_size)
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
 
     def forward(self, x):
         patches = rearrange(x, "b rgb (y p) (x q) -> b (y x) (rgb p q)", p=self.patch_size, q=self.patch_size)
@@ -116,8 +117,8 @@ class ViT(nn.Module):
 
     def __init__(self, image_size=32, patch_size=4, dim=192, depth=12, heads=3, drop_path=0.0, registers=0):
         super().__init__()
-        self.args = {"image_size": image_size, "patch_size": patch_size, "dim": dim, "depth": depth}
-        self.args.update(heads=heads, drop_path=drop_path, registers=registers)
+        self.args = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads)
+        self.args.update(drop_path=drop_path, registers=registers)
         if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"dim={dim} cannot be split into heads={heads} equal parts")
         if not 1 <= depth <= 1000:
@@ -169,19 +170,21 @@ class ViT(nn.Module):
 
         noise: uniform random numbers [2*depth b] for drop path in training; None: it draws them itself.
         """
-        x, pairs = self.tokens(images), [None] * len(self.blocks)
+        x = self.tokens(images)
+        block_noise = [None] * len(self.blocks)
         if self.training and self.drop_path:
             if noise is None:
                 noise = torch.rand(2 * len(self.blocks), len(images), device=images.device)
-            pairs = list(rearrange(noise, "(depth two) b -> depth two b", two=2))
-        for block, pair in zip(self.blocks[:-1], pairs[:-1], strict=True):
-            x = block(x, pair)
-        x = self.blocks[-1](x, pairs[-1], n_queries=1)  # only [CLS] of the last block is used
+            block_noise = list(rearrange(noise, "(depth two) b -> depth two b", two=2))
+        for block, its_noise in zip(self.blocks[:-1], block_noise[:-1], strict=True):
+            x = block(x, its_noise)
+        x = self.blocks[-1](x, block_noise[-1], n_queries=1)  # only [CLS] of the last block is used
         return self.norm(x)[:, 0]
 
     def layers(self, images, last=1):
         """Normalised outputs [b n d] of the last `last` blocks, in order; without drop path."""
-        x, outputs = self.tokens(images), []
+        x = self.tokens(images)
+        outputs = []
         for block in self.blocks:
             x = block(x)
             outputs.append(x)

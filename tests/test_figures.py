@@ -94,7 +94,7 @@ def test_pairs_of_equal_views_never_meet(train, script):
         for u in range(2):
             only = torch.zeros_like(g["p_t"])
             only[u] = g["p_t"][u]
-            pairs = g["cross_entropy"](only, zs, g["tau_s"]) * g["pairs"]
+            pairs = g["cross_entropy"](only, zs, g["tau_s"]) * g["pair_mask"]
             met[u] = torch.autograd.grad(pairs.sum(), zs)[0].abs().amax((1, 2)) > 0
         assert met.tolist() == [[0, 1, 1, 1], [1, 0, 1, 1]]
         by_hand = [

@@ -244,8 +244,8 @@ def build(vit, state, args, path):
     return backbone
 
 
-def start_from(script, vit):
-    """Sets a training script's architecture options, its globals, to those of --init; returns its weights.
+def start_from(script, config, vit):
+    """Sets the architecture in a training script's globals and config to that of --init; returns its weights.
 
     Positions are interpolated to image_size. Raises UserError for options that contradict the file, and for
     register tokens, which the scripts lack.
@@ -258,9 +258,8 @@ def start_from(script, vit):
     for name in ("patch_size", "dim", "depth", "heads"):
         if given.get(name, args[name]) != args[name]:
             raise UserError(f"--{name}={given[name]}: --init={path} has {args[name]}, leave --{name} out")
-        script[name] = script["config"][name] = args[name]
-    script["check_size"](script["image_size"], args["patch_size"])
-    side = script["image_size"] // args["patch_size"]
+        script[name] = config[name] = args[name]
+    side = max(script["image_size"] // args["patch_size"], 1)  # the script checks both sizes next
     state["pos_embed"] = backbone.positions(side, side).detach()
     print(f"--init: {known['network']} of {path}, {args}")
     return state
