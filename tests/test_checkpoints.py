@@ -84,7 +84,7 @@ def test_a_full_disk_for_what_a_run_can_do_without_is_said_once(small, full_disk
     steps(r, 0, 1, 2)
     r.finish()
     said = "".join(capsys.readouterr())
-    assert said.count(f"warning: {name} fails, training goes on") == 1 and "No space left on device" in said
+    assert said.count(f"warning: {name} fails, training continues") == 1 and "No space left on device" in said
     assert read_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == 3
     assert not list(tmp_path.rglob("*.part"))
 

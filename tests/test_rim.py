@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from conftest import ROOT, tiny
 from twins import errors, keys, monitor, output, pictures, processes
-from twins import run as run_module
 from twins.errors import UserError
 from twins.files import read_log
 from twins.loggers import start_logger
@@ -170,7 +169,7 @@ def test_a_run_of_hours_says_so_after_five_seconds(
     for step in r.loop():
         now[0] += seconds
         if step == 9:
-            r.on_signal(signal.SIGTERM, None)
+            r.signals.on_signal(signal.SIGTERM, None)
     with pytest.raises(SystemExit):
         r.finish()
     assert "stopped at step 10 and saved" in capsys.readouterr().out
@@ -215,7 +214,7 @@ def test_a_divergence_names_step_rate_and_part_and_gives_back_what_the_run_took(
 ):
     before = [signal.getsignal(number) for number in SIGNALS]
     r = network()
-    assert all(signal.getsignal(number) == r.on_signal for number in SIGNALS)
+    assert all(signal.getsignal(number) == r.signals.on_signal for number in SIGNALS)
     with pytest.raises(UserError, match=re.escape(words)):
         fail(r, how)
     assert [signal.getsignal(number) for number in SIGNALS] == before
@@ -244,7 +243,7 @@ def test_ignored_signals_stay_ignored(network):
         r = network()
         assert (
             signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            and signal.getsignal(signal.SIGTERM) == r.on_signal
+            and signal.getsignal(signal.SIGTERM) == r.signals.on_signal
         )
         r.finish()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -255,12 +254,12 @@ def test_ignored_signals_stay_ignored(network):
 def test_a_signal_that_comes_twice_at_once_is_one(network, monkeypatch):
     """torchrun passes on what a service manager has sent to all processes. The next one ends the run."""
     now, r = [5.0], network(steps=9)
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     ended = []
-    r.handlers = {number: lambda number, frame: ended.append(number) for number in SIGNALS}
+    r.signals.handlers = {number: lambda number, frame: ended.append(number) for number in SIGNALS}
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
         signal.raise_signal(number)
-    assert r.stop == signal.SIGTERM and not ended
+    assert r.signals.stop == signal.SIGTERM and not ended
     now[0] += 2
     signal.raise_signal(signal.SIGINT)
     assert ended == [signal.SIGINT]
@@ -445,7 +444,9 @@ def test_a_bug_of_a_fork_is_a_traceback(tmp_path, monkeypatch):
 def test_a_loggers_failure_does_not_end_a_run(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=lambda **_: 1 / 0))
     start_logger({"logger": "trackio", "out_dir": "out"})({"step": 0})
-    assert "--logger=trackio fails, training goes on without it (division by zero)" in capsys.readouterr().out
+    assert (
+        "--logger=trackio fails, training continues without it (division by zero)" in capsys.readouterr().out
+    )
 
 
 def test_a_million_blocks_are_refused_at_once(train):

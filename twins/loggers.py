@@ -30,6 +30,6 @@ def start_logger(config):
         ) from None
     except Exception as error:
         print(
-            f"warning: --logger={name} fails, training goes on without it ({first_line(error)})", flush=True
+            f"warning: --logger={name} fails, training continues without it ({first_line(error)})", flush=True
         )
     return lambda row: None

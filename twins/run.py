@@ -6,16 +6,13 @@ import json
 import math
 import os
 import shlex
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
 import einops
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
@@ -27,6 +24,7 @@ from twins.loggers import start_logger
 from twins.monitor import collapse, not_finite
 from twins.pictures import crops_picture, curves_picture
 from twins.processes import compile_blocks, precision, rank, seed_step, to_numbers, world
+from twins.signals import StopSignals
 from twins.weights import write_export
 
 
@@ -39,19 +37,29 @@ class Run:
     ends loop() after its step, which is saved.
     """
 
-    held = contextlib.ExitStack()  # of the process's last run: bar, handlers of signals, lock
+    held = contextlib.ExitStack()  # what the process's last run holds: bar, handlers of signals, lock
 
     def __init__(self, script, config, steps, state, backbone, device):
         check_state(state)
-        self.script, self.config, self.steps, self.state = Path(script), config, steps, state
+        self.script = Path(script)
         self.source = self.script.read_text(encoding="utf-8-sig")  # it may be edited while it runs
-        self.backbone, self.device, self.dir = backbone, device, Path(config["out_dir"])
+        self.config = config
+        self.dir = Path(config["out_dir"])
+        self.steps = steps
+        self.state = state
         self.modules = {name: value for name, value in state.items() if isinstance(value, torch.nn.Module)}
+        self.backbone = backbone
         self.backbone_name = name_in(self.modules, backbone)
+        self.device = device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.device_name = f"{name}, {precision(config.get('dtype', 'float32'), device)}"
-        self.start, self.stop, self.seconds, self.rows, self.parent = 0, 0, 0.0, [], os.getppid()
-        self.said, self.unsaved, self.received, self.log_is_whole, self.lr = set(), "", 0, False, 0.0
+        self.start = 0
+        self.seconds = 0.0  # of training, without evaluations
+        self.lr = 0.0  # of this step
+        self.rows = []
+        self.log_is_whole = False  # log.jsonl holds all rows
+        self.said = set()  # warnings that are given once
+        self.unsaved = ""  # why the last save failed
         self.previous = "ckpt-previous.pt"
         Run.held.close()  # of a run that failed in this process
         with contextlib.ExitStack() as held:
@@ -76,25 +84,15 @@ class Run:
             self.describe()
         self.bar = tqdm(total=self.steps, initial=self.start, unit="step")
         held.callback(self.bar.close)
-        self.shown, self.clock, self.clock_step, self.done = {}, time.monotonic(), self.start, self.start
-        self.signals = dist.new_group(backend="gloo") if world() > 1 else None  # no step waits for it
-        self.handlers, in_main_thread = {}, threading.current_thread() is threading.main_thread()
-        for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-            if signal.getsignal(number) != signal.SIG_IGN and in_main_thread:  # nohup ignores SIGHUP
-                self.handlers[number] = signal.signal(number, self.on_signal)
-                held.callback(signal.signal, number, self.handlers[number])
+        self.shown = {}  # beside the bar
+        self.done = self.start
+        self.clock = time.monotonic()  # at the last row, of step `clock_step`
+        self.clock_step = self.start
+        self.signals = StopSignals(held)
 
     def describe(self):
         self.write("config.json", self.about)
         self.write("script.py", self.source)
-
-    def on_signal(self, number, frame):
-        if self.received and time.monotonic() - self.received_at > 1:  # sooner, torchrun passes on the first
-            signal.signal(number, self.handlers[number])
-            signal.raise_signal(number)  # the second one ends the process at once
-        elif not self.received:
-            self.received, self.received_at = number, time.monotonic()
-            self.stop = number if world() == 1 else 0  # several stop together, see update()
 
     def loop(self):
         """Yields the steps to do, each with its own random numbers; saves; a signal ends it after a step."""
@@ -106,23 +104,18 @@ class Run:
             yield step
             self.update()
             self.estimate(time.monotonic() - began)
-            if self.done % self.config["save_every"] == 0 or self.done == self.steps or self.stop:
+            if self.done % self.config["save_every"] == 0 or self.done == self.steps or self.signals.stop:
                 self.save(self.done)
-            if self.stop:
+            if self.signals.stop:
                 return
 
     def update(self):
-        """Moves the bar; a signal that one process received stops all of them after the same step."""
+        """Counts a step. Raises UserError for weights or gradients that are not finite."""
         if self.device.type == "cpu" and self.clock_step <= self.done:  # if row() did not; would sync a GPU
             self.check_weights()
         self.done += 1
         self.bar.update()
-        if world() > 1:
-            if os.getppid() != self.parent:  # torchrun was killed
-                self.received = signal.SIGTERM
-            stop = torch.tensor(self.received)
-            dist.all_reduce(stop, dist.ReduceOp.MAX, self.signals)
-            self.stop = stop.item()
+        self.signals.synchronise()
 
     def estimate(self, elapsed):
         """On a CPU, says after the first five seconds how long the run will take, if more than an hour."""
@@ -168,7 +161,8 @@ class Run:
         row["seconds"] = self.seconds
         if self.device.type == "cuda":
             row["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        self.clock, self.clock_step = now, step
+        self.clock = now
+        self.clock_step = step
         return row
 
     def log(self, step, row):
@@ -181,7 +175,8 @@ class Run:
         if rank():
             return
         with self.attempt("log.jsonl"):
-            whole, self.log_is_whole = self.log_is_whole, False
+            whole = self.log_is_whole
+            self.log_is_whole = False
             if whole:
                 with open(self.dir / "log.jsonl", "a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -196,7 +191,8 @@ class Run:
                 self.bar.write(f"warning at step {step}: {warning}")
         self.shown.update({n: f"{row[n]:.3g}" for n in ("loss", "images_per_s", "knn") if n in row})
         self.bar.set_postfix(self.shown, refresh=False)
-        self.clock, self.clock_step = time.monotonic(), step  # the time of evaluations does not count
+        self.clock = time.monotonic()  # the time of evaluations does not count
+        self.clock_step = step
 
     def draw_crops(self, images, views):
         """crops.png: images uint8 [b 3 s s] and their views, a list of [b 3 v v]."""
@@ -206,14 +202,14 @@ class Run:
 
     @contextlib.contextmanager
     def attempt(self, what):
-        """For what a run can do without: a failure is told once, and training goes on."""
+        """For what a run can do without: a failure is reported once, and training continues."""
         try:
             yield
         except Exception as error:
             if what not in self.said:
                 self.said.add(what)
                 reason = f"{type(error).__name__}: {first_line(error)}"
-                self.bar.write(f"warning: {what} fails, training goes on ({reason})")
+                self.bar.write(f"warning: {what} fails, training continues ({reason})")
 
     def save(self, step):
         """ckpt.pt, export/, curves.png. A full disk only gives a warning. Raises UserError for a NaN."""
@@ -260,7 +256,7 @@ class Run:
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             changed = {k for k, v in saved["config"].items() if self.config.get(k) != v}
             changed = sorted(changed - {"resume", "out_dir"})
-            other = f": its run had other values of {', '.join(changed)}" * bool(changed)
+            other = f": its run had other values of {', '.join(changed)}" if changed else ""
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path} does not fit{other} ({reason})") from None
         self.start, self.seconds = saved["step"], saved["seconds"]
@@ -285,12 +281,12 @@ class Run:
         Run.held.close()
         if self.unsaved:
             raise UserError(f"the run ended at step {self.done} but its last save failed: {self.unsaved}")
-        if self.stop and self.done < self.steps:
+        if self.signals.stop and self.done < self.steps:
             torchrun = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}"
             words = shlex.join([sys.argv[0], f"--out_dir={self.dir}", "--resume=True"])
             command = f"{'python' if world() == 1 else torchrun} {words}"
             print(f"stopped at step {self.done} and saved; continue with: {command}")
-            sys.exit(128 + self.stop)
+            sys.exit(128 + self.signals.stop)
         print(f"\n| {self.script.stem} on {self.config['dataset']} | |\n|---|---|")
         result = {"minutes of training": self.seconds / 60, "seed": self.config["seed"]}
         for name, value in {**dict(*self.rows[-1:]), **result}.items():
