@@ -14,6 +14,7 @@ from PIL import Image
 
 from conftest import ROOT, copy_of_the_code, launch, tiny
 from twins import pictures, weights
+from twins.backbones import load_backbone
 from twins.errors import UserError
 from twins.files import read_checkpoint
 from vit import ViT
@@ -156,15 +157,39 @@ def test_a_vit_of_another_file_is_never_taken_for_ours(train, tmp_path, monkeypa
     saved = read_checkpoint(Path(train("barlow.py", max_steps=1)["config"]["out_dir"]) / "ckpt.pt")
     saved["backbone"].update(module="mylib.vit2", **{"class": "Other"})
     monkeypatch.setattr(weights, "ROOT", tmp_path)
-    with pytest.raises(UserError, match=r"needs the class Other of .*mylib/vit2.py, which is not there"):
-        weights.backbone_of(saved, "ckpt.pt", "", ViT)
     (tmp_path / "mylib").mkdir()
     (tmp_path / "mylib" / "vit2.py").write_text("from vit import ViT\n\n\nclass Other(ViT):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
+    for module in ("mylib.vit2", "mylib/vit2", "..mylib.vit2", "vit3"):  # mylib is no package yet
+        saved["backbone"]["module"] = module
+        with pytest.raises(UserError, match=r"needs the class Other, which is not in "):
+            weights.backbone_of(saved, "ckpt.pt", "", ViT)
+    assert "mylib.vit2" not in sys.modules  # a file of a run's folder is never run
+    (tmp_path / "mylib" / "__init__.py").touch()
+    saved["backbone"]["module"] = "mylib.vit2"
     assert weights.backbone_of(saved, "ckpt.pt", "", ViT)[1].__name__ == "Other"
     saved["backbone"]["args"].pop("image_size")
     with pytest.raises(UserError, match="give it `args` with image_size"):
         weights.backbone_of(saved, "ckpt.pt", "", ViT)
+
+
+def test_a_network_that_does_not_fit_its_run_is_refused_before_it_takes_memory(train, tmp_path):
+    saved = read_checkpoint(Path(train("barlow.py", max_steps=1)["config"]["out_dir"]) / "ckpt.pt")
+    weights_of, args = saved["network"], saved["backbone"]["args"]
+    cls_token = weights_of["backbone.cls_token"]
+
+    def refused(words, **changes):
+        broken = {**saved, **changes}
+        torch.save(broken, tmp_path / "ckpt.pt")
+        with pytest.raises(UserError, match=words):
+            load_backbone({"ckpt": str(tmp_path / "ckpt.pt"), "weights": ""}, "cpu", ViT)
+
+    refused("network is not a state dict", network={**weights_of, 3: cls_token})
+    for kind in ("int8", "complex64"):
+        other = {**weights_of, "backbone.cls_token": cls_token.to(getattr(torch, kind))}
+        refused(rf"cls_token is {kind} \[1, 1, \d+\], the network has float32", network=other)
+    large = {**saved["backbone"], "args": {**args, "image_size": 400_000}}  # 640 GB of positions
+    refused(r"pos_embed is float32 .*, the network has float32 \[1, 10000000001, ", backbone=large)
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,10 @@ def test_keys_in_the_way_are_named(model, tmp_path):
         {name: x for name, x in state.items() if name != "norm.bias"},
         'Missing key(s) in state_dict: "norm.bias"',
     )
-    refused(timm_vit(mlp_ratio=2).state_dict(), "size mismatch for blocks.0.mlp.fc1.weight")
+    refused(
+        timm_vit(mlp_ratio=2).state_dict(),
+        "blocks.0.mlp.fc1.weight is float32 [256, 128], the network has float32 [512, 128]",
+    )
     refused(
         {**state, "pos_embed": torch.zeros(1, 16 + 3, 128)}, "pos_embed [1, 19, 128] is not a square grid"
     )

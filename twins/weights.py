@@ -1,5 +1,6 @@
 """Weights as people have them: exports, official DINO and DINOv2 files, timm's, however they are wrapped."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -55,6 +56,8 @@ def backbone_of(saved, path, network, vit):
     networks = [name for name, value in saved.items() if isinstance(value, dict) and cls_token in value]
     if network not in networks:
         raise UserError(f"--weights={network}: {path} holds {' and '.join(networks)}")
+    if not all(isinstance(name, str) for name in saved[network]):
+        raise UserError(f"{path}: {network} is not a state dict, some of its keys are not names")
     args = backbone.get("args")
     if not isinstance(args, dict) or type(args.get("image_size")) is not int:
         problem = "does not say how to build its backbone"
@@ -65,11 +68,24 @@ def backbone_of(saved, path, network, vit):
     known.update({name: saved["config"].get(name, "") for name in ("dataset", "data_dir", "seed")})
     module = saved["script"] if backbone["module"] == "__main__" else backbone["module"]
     if (module, backbone["class"]) != ("vit", "ViT"):  # a fork's, which may compute something else
-        file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
-        vit = getattr(importlib.import_module(module), backbone["class"], None) if file.is_file() else None
+        vit = getattr(import_own(module), backbone["class"], None)
         if not (isinstance(vit, type) and issubclass(vit, torch.nn.Module)):
-            raise UserError(f"{path} needs the class {backbone['class']} of {file}, which is not there")
+            where = f"{module.replace('.', '/')}.py beside the scripts, or in a package (__init__.py) there"
+            raise UserError(f"{path} needs the class {backbone['class']}, which is not in {where}")
     return state, vit, args, known
+
+
+def import_own(module):
+    """A module beside the scripts or of a package there, else None: a run's script.py is data, not code."""
+    *packages, name = module.split(".")
+    folder, files = ROOT, []
+    for package in packages:
+        folder = folder / package
+        files.append(folder / "__init__.py")
+    files.append(folder / f"{name}.py")
+    if module.replace(".", "").isidentifier() and all(file.is_file() for file in files):
+        return importlib.import_module(module)
+    return None
 
 
 def read_weights(path, network, heads, saved):
@@ -233,6 +249,14 @@ def architecture(state, heads, path):
 
 def build(vit, state, args, path):
     """vit(**args) with these weights. Raises UserError naming those that do not fit or are not finite."""
+    needed = {}
+    with contextlib.suppress(Exception), torch.device("meta"):  # in a fork's class this may be impossible
+        needed = vit(**args).state_dict()
+    for name in [name for name in needed if name in state]:  # before a wrong size takes gigabytes
+        pair = state[name], needed[name]
+        if len({(x.shape, x.is_floating_point(), x.is_complex()) for x in pair}) > 1:
+            given, wanted = (f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in pair)
+            raise UserError(f"{path}: {name} is {given}, the network has {wanted}")
     try:
         backbone = vit(**args)
         backbone.load_state_dict(state)
