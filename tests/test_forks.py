@@ -162,7 +162,7 @@ def test_a_vit_of_another_file_is_never_taken_for_ours(train, tmp_path, monkeypa
     monkeypatch.syspath_prepend(tmp_path)
     for module in ("mylib.vit2", "mylib/vit2", "..mylib.vit2", "vit3"):  # mylib is no package yet
         saved["backbone"]["module"] = module
-        with pytest.raises(UserError, match=r"needs the class Other, which is not in "):
+        with pytest.raises(UserError, match=r"needs the class Other of .*vit.: put it beside the scripts"):
             weights.backbone_of(saved, "ckpt.pt", "", ViT)
     assert "mylib.vit2" not in sys.modules  # a file of a run's folder is never run
     (tmp_path / "mylib" / "__init__.py").touch()

@@ -70,8 +70,8 @@ def backbone_of(saved, path, network, vit):
     if (module, backbone["class"]) != ("vit", "ViT"):  # a fork's, which may compute something else
         vit = getattr(import_own(module), backbone["class"], None)
         if not (isinstance(vit, type) and issubclass(vit, torch.nn.Module)):
-            where = f"{module.replace('.', '/')}.py beside the scripts, or in a package (__init__.py) there"
-            raise UserError(f"{path} needs the class {backbone['class']}, which is not in {where}")
+            remedy = "put it beside the scripts, in a package (__init__.py) if it is in a folder"
+            raise UserError(f"{path} needs the class {backbone['class']} of {module}: {remedy}")
     return state, vit, args, known
 
 
