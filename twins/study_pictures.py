@@ -47,13 +47,14 @@ def differences_figure(panels, margin=None):
         axis.axvline(0, color="black", linewidth=0.8)
         if margin:
             axis.axvline(100 * margin, color="grey", linewidth=0.8, linestyle="--")
-        for label, found in panel.items():
-            y, (low, high) = labels.index(label), t_interval(found)
-            points = 100 * np.array(found)
-            axis.plot(points, [y + 0.15] * len(found), "o", color="C0", markersize=3, alpha=0.6)
-            if len(found) > 1:
+        for label, differences in panel.items():
+            y = labels.index(label)
+            low, high = t_interval(differences)
+            points = 100 * np.array(differences)
+            axis.plot(points, [y + 0.15] * len(points), "o", color="C0", markersize=3, alpha=0.6)
+            if len(points) > 1:
                 axis.plot([100 * low, 100 * high], [y - 0.15] * 2, color="C3", linewidth=1.5)
             axis.plot(points.mean(), y - 0.15, "D", color="C3", markersize=4)
         axis.set(title=title, xlabel="difference, points", yticks=range(len(labels)), yticklabels=labels)
-    axes[0].invert_yaxis()  # of all
+    axes[0].invert_yaxis()  # the axes share it
     return png(figure)
