@@ -47,7 +47,7 @@ def test_perfect_and_wholly_wrong_predictions():
     assert (perfect["miou"], perfect["pixel_accuracy"]) == (1, 1) and perfect["iou"][3:] == [None] * 4
     wrong = score((truth.clamp(min=0) + 1) % 3, truth, 3)
     assert wrong["miou"] == wrong["pixel_accuracy"] == 0
-    with pytest.raises(UserError, match="nothing that counts"):
+    with pytest.raises(UserError, match="every pixel as ignored"):
         score(truth, torch.full_like(truth, -1), 3)
 
 
@@ -80,8 +80,9 @@ def planted():
 
 def measure(features, masks, test_masks, monkeypatch):
     monkeypatch.setattr(seg_transfer, "max_steps", 60)
-    task = (lambda: Head(6, 3, 8)), seg_transfer.LEARNING_RATES, features[:40], features[40:]
-    return seg_transfer.select_and_measure(*task, masks, test_masks, 3, CPU, FLOAT32, "planted")
+    head = lambda: Head(6, 3, 8)
+    task = seg_transfer.Task(head, seg_transfer.LEARNING_RATES, features[:40], features[40:])
+    return seg_transfer.select_and_measure(task, masks, test_masks, 3, CPU, FLOAT32, "planted")
 
 
 def test_a_head_learns_what_is_planted_and_nothing_from_permuted_masks(planted, monkeypatch):
@@ -234,7 +235,7 @@ def test_finetuning_trains_the_backbone_and_leaves_the_original(monkeypatch):
     before = {k: v.clone() for k, v in vit.state_dict().items()}
     bar = seg_transfer.tqdm(disable=True)
     make = lambda: seg_transfer.Finetuned(vit, lambda: Head(12, 2, 8))
-    model = seg_transfer.train(make, images, random_masks(6, 8, 8, high=2), 0.01, CPU, FLOAT32, bar)
+    model = seg_transfer.train_model(make, images, random_masks(6, 8, 8, high=2), 0.01, CPU, FLOAT32, bar)
     assert all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())
     changed = [k for k, v in model.backbone.state_dict().items() if not torch.equal(v, before[k])]
     assert len(changed) > len(before) - 3
