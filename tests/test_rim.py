@@ -87,7 +87,10 @@ def test_a_backend_that_is_not_installed_is_not_imported(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     pictures.load_matplotlib.cache_clear()
-    assert pictures.new_figure(1, 1) and os.environ["MPLBACKEND"] == ENVIRONMENT["MPLBACKEND"]
+    assert (
+        pictures.png(pictures.load_matplotlib().figure.Figure())
+        and os.environ["MPLBACKEND"] == ENVIRONMENT["MPLBACKEND"]
+    )
     pictures.load_matplotlib.cache_clear()
 
 

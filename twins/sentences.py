@@ -104,8 +104,7 @@ def failures(search, failed):
     titles = ("DINO", *split_titles(search)[0])
     trials = {title: [{**row, "knn": failed(row)} for row in search[title]] for title in titles}
     ps = {hybrid: p for (hybrid, _), (_, p) in compare(trials, METRIC).items()}
-    counts = {title: sum(row["knn"] for row in rows) for title, rows in trials.items()}
-    return counts, ps
+    return {title: sum(row["knn"] for row in rows) for title, rows in trials.items()}, ps
 
 
 def compare_attention(attention):
@@ -162,14 +161,11 @@ def when_yes(models):
     """When an answer is yes or no, and how many seeds that takes."""
     n = min(map(len, models.values()))
     hybrids, singles = split_titles(models)
-    pairs = len(hybrids) * len(singles)
     enough = n
-    while pairs * 2 / 2**enough > SIGNIFICANT:
+    while len(hybrids) * len(singles) * 2 / 2**enough > SIGNIFICANT:
         enough += 1
-    rule = f"Except for attention, a yes or no needs p < {SIGNIFICANT} (paired sign-flip test, Holm)"
-    if enough == n:
-        return f"{rule}."
-    return f"{rule}: {enough} seeds; with {n} no p is below {2 / 2**n:.2g}."
+    more = f": {enough} seeds; with {n} no p is below {2 / 2**n:.2g}" if enough > n else ""
+    return f"Except for attention, a yes or no needs p < {SIGNIFICANT} (paired sign-flip test, Holm){more}."
 
 
 def variants(models):

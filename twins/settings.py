@@ -83,8 +83,7 @@ def with_changes(best, changes, options):
 def toggle(mechanism, setting, options):
     """(the setting with a mechanism off, "off"), or (with it on, "on") if the setting does without it.
 
-    mechanism: ({option: value without it}, {option: value with it}); a value may be a function of
-    {option: value in force}.
+    mechanism: ({option: value without it}, {option: value with it}); a value may be a function of all values.
     """
     now = {**options, **setting}
     off, on = ({name: v(now) if callable(v) else v for name, v in changes.items()} for changes in mechanism)
@@ -110,8 +109,5 @@ def removals(mechanisms, setting, options, only=""):
     names = only.split(",") if only else toggled
     if unknown := [name for name in names if name not in toggled]:
         raise UserError(f"{unknown[0]} is not a mechanism: choose from {', '.join(toggled)}")
-    settings = {"full": setting}
-    for name, (changed, state) in toggled.items():
-        if name in names:
-            settings[f"{name} {state}"] = changed
-    return settings
+    changed = {f"{name} {state}": new for name, (new, state) in toggled.items() if name in names}
+    return {"full": setting, **changed}
