@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import batch_indices
-from twins.attention import attend, describe_on_masks
+from twins.attention import attend, figures_on_masks
 from twins.backbones import configure_evaluation, load_backbone, output_folder, random_like, trained_on
 from twins.datasets import from_bytes
 from twins.errors import UserError
@@ -184,7 +184,7 @@ if __name__ == "__main__":
         results[name], predictions[name] = result, prediction
     ceiling = best_of_grid(truth, backbone.patch_size, classes)
     results["ceiling of the patch grid"] = score(ceiling, truth, classes)
-    attention = describe_on_masks(maps, truth)
+    attention = figures_on_masks(maps, truth)
 
     report = {**config, "dataset": dataset, "data_dir": str(data_dir), "image_size": image_size}
     report.update(checkpoint=about, results=results, classes=train_set.classes, attention=attention)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from attn_viz import own_images, print_table, read_groups, warn_of_mixed_groups
+from attn_viz import EvaluatedRun, own_images, print_table, read_groups, warn_of_mixed_groups
 from conftest import ROOT
 from test_run import refused
-from twins.attention import attend, describe, divergence, divergences, jaccard, keep_mass
+from twins.attention import attend, attention_figures, divergence, divergences, jaccard, keep_mass
 from twins.datasets import normalise
 from twins.errors import UserError
 from twins.keys import Option, convert
@@ -112,7 +112,7 @@ def test_figures_of_a_map_made_by_hand():
     maps[0, 1] = 0.25
     masks[0, :, :1] = 1  # the left half of the left patches
     masks[0, 2:, 2:] = -1  # one patch does not count
-    figures = describe(maps, torch.tensor([1.0, 2.0]), masks)
+    figures = attention_figures(maps, torch.tensor([1.0, 2.0]), masks)
     assert figures["entropy_bits"] == [0, 2] and figures["entropy_uniform"] == 2
     assert figures["mass_in_mask"] == pytest.approx([0.5, 1 / 3]) and figures[
         "area_of_mask"
@@ -134,7 +134,7 @@ def test_jaccard_is_not_told_where_attention_is_nearly_uniform(capsys):
     flat[:, :, 0, 0] += 0.001
     peaked[:, :, 0, 0] += 0.84
     report = [
-        {"group": name, **describe(maps, torch.zeros(1), masks)}
+        {"group": name, **attention_figures(maps, torch.zeros(1), masks)}
         for name, maps in (("f", flat), ("p", peaked))
     ]
     assert report[0]["jaccard_60"] is None and report[1]["jaccard_60"]["mean_map"] > 0
@@ -185,7 +185,7 @@ def test_groups_of_checkpoints(tmp_path):
 )
 def test_a_group_of_another_methods_runs_is_said(group, scripts, warned, capsys):
     known = [{"script": script} if script else {} for script in scripts]
-    warn_of_mixed_groups([(group, "path", None, about) for about in known])
+    warn_of_mixed_groups([EvaluatedRun(group, "path", None, about) for about in known])
     assert (f"the group {group} holds runs of" in capsys.readouterr().out) == warned
 
 

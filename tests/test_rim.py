@@ -87,10 +87,8 @@ def test_a_backend_that_is_not_installed_is_not_imported(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     pictures.load_matplotlib.cache_clear()
-    assert (
-        pictures.png(pictures.load_matplotlib().figure.Figure())
-        and os.environ["MPLBACKEND"] == ENVIRONMENT["MPLBACKEND"]
-    )
+    figure = pictures.load_matplotlib().figure.Figure()
+    assert pictures.png(figure) and os.environ["MPLBACKEND"] == ENVIRONMENT["MPLBACKEND"]
     pictures.load_matplotlib.cache_clear()
 
 

@@ -189,7 +189,7 @@ def test_masks_that_cannot_be_are_named(photographs):
     with pytest.raises(UserError, match=r"0.png cannot be read as a mask"):
         load_masks("folder", root, 32)
     save(root / "train" / "masks" / "0.png", np.zeros((30, 70)))
-    with pytest.raises(UserError, match=r"0.png is 70 x 30 pixels, its image 60 x 40"):
+    with pytest.raises(UserError, match=r"0.png is 70 x 30 pixels, but its image 60 x 40"):
         load_masks("folder", root, 32)
     Image.fromarray(np.full((40, 60), 40_000, np.uint16)).save(root / "train" / "masks" / "0.png")
     with pytest.raises(UserError, match=r"0.png cannot be read as a mask .*class 40000, 1000 is the largest"):
@@ -199,7 +199,7 @@ def test_masks_that_cannot_be_are_named(photographs):
     with pytest.raises(UserError, match=r"hold no object, only background"):
         load_masks("folder", root, 32)
     (root / "train" / "masks" / "0.png").unlink()
-    with pytest.raises(UserError, match=r"0.jpg has no mask: .*0.png is not there"):
+    with pytest.raises(UserError, match=r"0.jpg has no mask: .*0.png is missing"):
         load_masks("folder", root, 32)
 
 

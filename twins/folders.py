@@ -63,7 +63,7 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
         file = root.joinpath(*stray[0])
         raise UserError(f"{file} is {where}: move it into one, or make all of them flat")
 
-    sample = [decoding.describe(path) for path in paths[:: len(paths) // 100 + 1]]
+    sample = [decoding.side_and_depth(path) for path in paths[:: len(paths) // 100 + 1]]
     if any(deep for _, deep in sample):
         print("images of more than 8 bits a pixel are scaled to 8, see docs/options.md", flush=True)
     size, name, resample = image_size, root.name, decoding.BICUBIC
