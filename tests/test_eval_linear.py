@@ -17,15 +17,7 @@ from eval_linear import extract
 from test_run import refused
 from twins.backbones import load_backbone
 from twins.datasets import load
-from twins.probes import (
-    balanced,
-    evaluate_probes,
-    fit,
-    linear_probe,
-    logits,
-    nearest_neighbours,
-    whitening,
-)
+from twins.probes import balanced, evaluate_probes, fit, linear_probe, logits, nearest_neighbours, whitening
 from twins.stats import wilson_interval
 from vit import ViT
 

@@ -394,7 +394,7 @@ def test_deep_pixels_are_said_once(tmp_path, capsys):
     for i in range(3):
         Image.fromarray((4095 * RAMP).astype(np.uint16)).save(tmp_path / f"{i}.png")
     load(tmp_path)
-    assert capsys.readouterr().out.count("more than 8 bits a pixel are scaled") == 1
+    assert capsys.readouterr().out.count("more than 8 bits per pixel are scaled") == 1
 
 
 # ---------------------------------------------------------------------------------------------------- 5:
@@ -471,7 +471,7 @@ def test_a_palette_of_white_background_is_refused(tmp_path):
     image = Image.fromarray(np.uint8(DISK)).convert("P")
     image.putpalette([255, 255, 255, 0, 0, 0])
     image.save(tmp_path / "train/masks/0.png")
-    with pytest.raises(UserError, match="white for class 0 and black for class 1, save it in grey"):
+    with pytest.raises(UserError, match="white for class 0 and black for class 1: save it in grey"):
         load_masks("folder", tmp_path, 8)
 
 
@@ -510,7 +510,7 @@ def test_large_images_of_16_bits_and_masks_take_little_memory(tmp_path):
 
 @pytest.mark.parametrize("value", [0.9, np.nan])
 def test_a_mask_of_fractions_is_a_sentence(value, tmp_path):
-    with pytest.raises(UserError, match="it holds fractions, a mask has whole numbers"):
+    with pytest.raises(UserError, match="it holds fractions, but a mask has whole numbers"):
         load_masks("folder", masked(tmp_path, np.full((40, 40), value, np.float32), "tif"), 8)
 
 

@@ -408,10 +408,8 @@ def test_the_backbone_learns_and_the_one_given_stays(monkeypatch):
     """Striped images and dark ones. Drop path is off, the first step starts at the linear probe."""
     monkeypatch.setattr(finetuning, "LEARNING_RATES", (3e-3,))
     g = torch.Generator().manual_seed(0)
-    images, labels = (
-        torch.randint(0, 60, (300, 3, 8, 8), generator=g, dtype=torch.uint8),
-        torch.arange(300) % 2,
-    )
+    images = torch.randint(0, 60, (300, 3, 8, 8), generator=g, dtype=torch.uint8)
+    labels = torch.arange(300) % 2
     images[labels == 1, :, :, ::2] += 190  # stripes
     torch.manual_seed(0)
     backbone = ViT(8, 4, 16, 2, 2, drop_path=0.9).requires_grad_(False)
