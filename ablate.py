@@ -32,7 +32,7 @@ from pathlib import Path
 from twins.answer import fill_pages
 from twins.errors import ROOT, UserError
 from twins.files import only_writer, read_json, write_file
-from twins.jobs import check_exit, default_slots, last_line, run_jobs, start
+from twins.jobs import SLOTS, check_exit, last_line, run_jobs, start
 from twins.keys import holds_run, parse
 from twins.reports import write_report
 from twins.settings import MECHANISMS, draw_setting, read_script, removals, with_changes
@@ -229,7 +229,7 @@ if __name__ == "__main__":
             fill_pages()
         sys.exit()
     cells = make_cells()
-    slots = jobs or default_slots()
+    slots = jobs or SLOTS
     with only_writer(out_dir):
         todo = unfinished(cells, study, out_dir, name_of)
         print(f"{out_dir}: {len(cells) - len(todo)} of {len(cells)} runs are finished", flush=True)

@@ -24,7 +24,6 @@ import re
 import sys
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,24 +70,19 @@ COLUMNS = {"mass_over_area": "mass / area", "entropy_bits": "entropy, bits"}
 COLUMNS.update(distance_pixels="distance, pixels", head_diversity_bits="head diversity, bits")
 
 
-class EvaluatedRun(NamedTuple):
-    group: str
-    path: str
-    backbone: ViT
-    about: dict  # what its checkpoint says: script, seed ...
-
-
 def read_groups(text):
     """'A,B' or 'name=A:B,name=C:D' -> {name: [checkpoint, ...]}; the default name is the folder's."""
     groups = {}
     for item in text.split(","):
         path = Path(item)
-        named = None if os.path.exists(item) else re.match(r"([^/=]+)=(.*)$", item)
-        if named:
-            name, checkpoints = named[1], named[2].split(":")
+        match = None if os.path.exists(item) else re.match(r"([^/=]+)=(.*)$", item)
+        if match:
+            name, checkpoints = match[1], match[2].split(":")
+        elif item == "random":
+            name, checkpoints = "random", [item]
         else:
             folder = path.absolute() if os.path.isdir(item) else path.absolute().parent
-            name, checkpoints = "random" if item == "random" else folder.name, [item]
+            name, checkpoints = folder.name, [item]
         if name in groups:
             raise UserError(f"--ckpt has two groups called {name}: give them names, --ckpt=a=A,b=B")
         if not all(checkpoints) or (name == "random") != (set(checkpoints) == {"random"}):
@@ -99,8 +93,8 @@ def read_groups(text):
 
 def warn_of_mixed_groups(runs):
     """Prints a warning for a group with runs of several methods, or of another method than its name."""
-    for group in dict.fromkeys(run.group for run in runs):
-        scripts = {run.about["script"] for run in runs if run.group == group and "script" in run.about}
+    for group in dict.fromkeys(run["group"] for run in runs):
+        scripts = {run["checkpoint"].get("script") for run in runs if run["group"] == group} - {None}
         methods = {*scripts, group} if group in NAMES else scripts
         if len(methods) > 1:
             print(f"warning: the group {group} holds runs of {' and '.join(sorted(scripts))}")
@@ -162,21 +156,21 @@ def compare_groups(d, names, groups, seeds):
     return tests
 
 
-def print_table(report, names):
+def print_table(runs, names):
     """One row per group: means over heads and images, then over runs, ± their standard deviation."""
-    columns = {name: title for name, title in COLUMNS.items() if name in report[0]}
+    columns = {name: title for name, title in COLUMNS.items() if name in runs[0]}
     jaccards = []
-    if "jaccard_60" in report[0]:
+    if "jaccard_60" in runs[0]:
         jaccards = [(60, "best_head"), (60, "mean_map"), (80, "best_head"), (80, "mean_map")]
     titles = [*columns.values(), *(f"J{percent} {kind.replace('_', ' ')}" for percent, kind in jaccards)]
     print(f"| group | runs | {' | '.join(titles)} |\n|---|---:|{'---:|' * len(titles)}")
     for name in names:
-        runs = [row for row in report if row["group"] == name]
-        cells = [mean_and_spread([np.mean(row[column]) for row in runs]) for column in columns]
+        group = [run for run in runs if run["group"] == name]
+        cells = [mean_and_spread([np.mean(run[column]) for run in group]) for column in columns]
         for percent, kind in jaccards:
-            values = [row[f"jaccard_{percent}"] for row in runs]  # None: nearly uniform
+            values = [run[f"jaccard_{percent}"] for run in group]  # None: nearly uniform
             cells.append(mean_and_spread([value[kind] for value in values]) if all(values) else "-")
-        print(f"| {printed(name)} | {len(runs)} | {' | '.join(cells)} |")
+        print(f"| {printed(name)} | {len(group)} | {' | '.join(cells)} |")
 
 
 def mean_and_spread(values):
@@ -187,51 +181,54 @@ if __name__ == "__main__":
     config = configure_evaluation(globals())
     device, autocast = setup(device, dtype, seed)
     groups = read_groups(ckpt)
-    runs = []
+    runs, backbones = [], []
     for name, paths in groups.items():
         for path in paths:
-            runs.append(EvaluatedRun(name, path, *load_backbone({**config, "ckpt": path}, device, ViT)))
-    first = runs[0]
-    image_size = image_size or first.about["image_size"]
+            backbone, about = load_backbone({**config, "ckpt": path}, device, ViT)
+            runs.append({"group": name, "ckpt": path, "checkpoint": about})
+            backbones.append(backbone)
+    about = runs[0]["checkpoint"]
+    image_size = image_size or about["image_size"]
     warn_of_mixed_groups(runs)
     if "random" not in groups:  # the floor: three networks
-        backbones = [random_like(first.backbone, device) for _ in range(3)]
-        runs += [EvaluatedRun("random", "random", backbone, {"ckpt": "random"}) for backbone in backbones]
-    for run in runs:
-        check_size(image_size, run.backbone.patch_size)
+        for _ in range(3):
+            runs.append({"group": "random", "ckpt": "random", "checkpoint": {"ckpt": "random"}})
+            backbones.append(random_like(backbones[0], device))
+    for backbone in backbones:
+        check_size(image_size, backbone.patch_size)
     if images:
         data = own_images(images, image_size)
     else:
-        dataset, data_dir = trained_on(config, first.about)
+        dataset, data_dir = trained_on(config, about)
         data = choose_images(dataset, data_dir, image_size, n_images, seed, skip_bad_images)
 
-    folder = output_folder(config, first.path, dataset or "images")
-    report, mean_maps, panels = [], [], {}
-    for run in tqdm(runs, "attention", unit="run", disable=len(data.images) < 100):
-        maps, distance = attend(run.backbone, data.images, device, autocast)
-        figures = attention_figures(maps, distance, data.masks)
-        report.append({"group": run.group, "ckpt": run.path, "checkpoint": run.about, **figures})
+    folder = output_folder(config, runs[0]["ckpt"], dataset or "images")
+    mean_maps, panels = [], {}
+    bar = tqdm(runs, "attention", unit="run", disable=len(data.images) < 100)
+    for run, backbone in zip(bar, backbones, strict=True):
+        maps, distance = attend(backbone, data.images, device, autocast)
+        run.update(attention_figures(maps, distance, data.masks))
         mean_maps.append(maps.mean(1))
-        if run.group not in panels:  # the picture shows the first run of a group
-            panels[run.group] = panel(run.backbone, maps, data.images, device, autocast)
+        if run["group"] not in panels:  # the picture shows the first run of a group
+            panels[run["group"]] = panel(backbone, maps, data.images, device, autocast)
 
     if rank():
         sys.exit()  # rank 0 tests and reports
     names = list(panels)
-    group_of_run = torch.tensor([names.index(run.group) for run in runs])
-    seeds = [run.about.get("seed", -1 - i) for i, run in enumerate(runs)]
+    group_of_run = torch.tensor([names.index(run["group"]) for run in runs])
+    seeds = [run["checkpoint"].get("seed", -1 - i) for i, run in enumerate(runs)]
     seed_of_run = torch.tensor([seeds.index(number) for number in seeds])  # only their equality matters
     d = divergences(mean_maps)
     tests = compare_groups(d, names, group_of_run, seed_of_run)
 
-    result = {**config, "dataset": dataset, "image_size": image_size, "runs": report, "names": names}
+    result = {**config, "dataset": dataset, "image_size": image_size, "runs": runs, "names": names}
     result.update(group_of_run=group_of_run.tolist(), seed_of_run=seeds, tests=tests)
     result.update(divergence_bits=d.mean(0).tolist(), images=len(data.images))
     result.update(torch=torch.__version__, **git_state())
 
     print(f"\n{len(data.images)} images of {images or dataset}, {image_size} pixels, last block\n")
-    print_table(report, names)
-    print(f"\nuniform attention: {report[0]['entropy_uniform']:.2f} bits, mass / area 1 if there are masks")
+    print_table(runs, names)
+    print(f"\nuniform attention: {runs[0]['entropy_uniform']:.2f} bits, mass / area 1 if there are masks")
     answers = [sentence(test, [printed(name) for name in test["groups"]]) for test in tests]
     if answers:
         print(f"\n{answers[0]}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from attn_viz import EvaluatedRun, own_images, print_table, read_groups, warn_of_mixed_groups
+from attn_viz import own_images, print_table, read_groups, warn_of_mixed_groups
 from conftest import ROOT
 from test_run import refused
 from twins.attention import attend, attention_figures, divergence, divergences, jaccard, keep_mass
@@ -180,7 +180,7 @@ def test_groups_of_checkpoints(tmp_path):
 )
 def test_a_group_of_another_methods_runs_is_said(group, scripts, warned, capsys):
     known = [{"script": script} if script else {} for script in scripts]
-    warn_of_mixed_groups([EvaluatedRun(group, "path", None, about) for about in known])
+    warn_of_mixed_groups([{"group": group, "checkpoint": about} for about in known])
     assert (f"the group {group} holds runs of" in capsys.readouterr().out) == warned
 
 

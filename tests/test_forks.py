@@ -156,7 +156,7 @@ def test_a_vit_of_another_file_is_never_taken_for_ours(train, tmp_path, monkeypa
     saved = read_checkpoint(Path(train("barlow.py", max_steps=1)["config"]["out_dir"]) / "ckpt.pt")
     saved["backbone"].update(module="mylib.vit2", **{"class": "Other"})
     monkeypatch.setattr(weights, "ROOT", tmp_path)
-    with pytest.raises(UserError, match=r"needs the class Other of .*mylib/vit2.py, which is not there"):
+    with pytest.raises(UserError, match=r"needs the class Other of .*mylib/vit2.py, which is missing"):
         weights.backbone_of(saved, "ckpt.pt", "", ViT)
     (tmp_path / "mylib").mkdir()
     (tmp_path / "mylib" / "vit2.py").write_text("from vit import ViT\n\n\nclass Other(ViT):\n    pass\n")

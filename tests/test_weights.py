@@ -213,8 +213,8 @@ def test_keys_in_the_way_are_named(model, tmp_path):
     refused(
         {**state, "pos_embed": torch.zeros(1, 16 + 3, 128)}, "pos_embed [1, 19, 128] is not a square grid"
     )
-    refused({"model": state, "model.cls_token": state["cls_token"]}, "two tensors model.cls_token")
-    refused({**state, "module.cls_token": state["cls_token"]}, "two tensors cls_token")
+    refused({"model": state, "model.cls_token": state["cls_token"]}, "two tensors named model.cls_token")
+    refused({**state, "module.cls_token": state["cls_token"]}, "two tensors named cls_token")
     more = {f"decoder_blocks.{i}.weight": torch.zeros(2) for i in range(9)}
     refused({**state, **more}, "decoder_blocks.4.weight")
     name = "blocks.1.attn.proj.weight"
@@ -226,7 +226,7 @@ def test_keys_in_the_way_are_named(model, tmp_path):
     refused({**state, name: (state[name] * math.nan).to(torch.float8_e5m2)}, f"{name} holds NaN or inf")
     endless = {"cls_token": state["cls_token"]}
     endless["itself"] = endless
-    refused(endless, "holds a dict that holds itself")
+    refused(endless, "holds a dict that contains itself")
     with pytest.raises(UserError, match=r"weights.pth: .*(division|modulo)"):
         build(ViT, state, {"image_size": 32, "patch_size": 0, "dim": 128, "heads": 2}, file)
     refused({**state, "cls_token": torch.tensor(1.0)}, "key names: cls_token is []")

@@ -12,10 +12,7 @@ import torch
 from twins.errors import UserError
 from twins.files import make_folder
 
-
-def default_slots():
-    """The number of parallel jobs: one per GPU, else one per CPU core."""
-    return torch.cuda.device_count() or os.cpu_count()
+SLOTS = torch.cuda.device_count() or os.cpu_count()  # default number of parallel jobs
 
 
 def run_jobs(jobs, slots):
