@@ -1,8 +1,7 @@
 """Speed: images/s of the training scripts on this machine, the share spent on views, memory, and the limit.
 
 Each row is a script on `shapes` with the defaults for larger data sets, ViT-Ti/4, and equally many local
-views: 2 x 32 + 6 x 16 pixels (hybrid B 3 x 32). It runs in its own process: `warmup` steps, then `steps`
-measured ones.
+views: 2 x 32 + 6 x 16 pixels (hybrid B 3 x 32), in its own process: `warmup`, then `steps` measured steps.
 
     TFLOP/s = floating-point operations of a step's matrix products, including attention / seconds of a step
     of the limit = that / TFLOP/s of a large matrix product in the same precision, the best of twenty

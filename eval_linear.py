@@ -53,10 +53,7 @@ PRESETS = {"shapes": {"dim": 64, "depth": 3, "heads": 2}, "stl10": {"image_size"
 
 
 def extract(backbone, images, device, autocast, what):
-    """Images uint8 [n 3 s s] -> {protocol: features [n d]}; torchrun's processes share the work.
-
-    Raises UserError for features that are not finite.
-    """
+    """Images uint8 [n 3 s s] -> {protocol: features [n d]}. Raises UserError if they are not finite."""
 
     def cls_and_mean_patch(batch):
         layers = backbone.layers(normalise(from_bytes(batch.to(device))), last=4)
@@ -104,8 +101,8 @@ def table(results):
         option = next(option for option in ("strength", "k", "lr") if option in selected)
         shares = (selected["held_out"], result["top1"], *result["interval95"], result["top5"])
         held_out, top1, low, high, top5 = (f"{100 * share:.1f}" for share in shares)
-        setting = f"{option} {selected[option]:g}"
-        lines.append(f"| {name} | {setting} | {held_out} | {top1} [{low}, {high}] | {top5} |")
+        value = selected[option]
+        lines.append(f"| {name} | {option} {value:g} | {held_out} | {top1} [{low}, {high}] | {top5} |")
     return lines
 
 

@@ -110,10 +110,7 @@ def predict_classes(model, inputs, masks, classes, device, autocast):
 
 
 def select_and_measure(task, masks, truth, classes, device, autocast, what):
-    """Selects a learning rate on a tenth of the training images, trains on all: (result, test predictions).
-
-    masks, truth: int16 [n s s] of the training and the test images.
-    """
+    """Selects a learning rate on a tenth of the training images, trains on all: (result, test prediction)."""
     order = torch.from_numpy(np.random.default_rng((seed, 7)).permutation(len(task.train)))
     held_out, rest = order.tensor_split([max(len(order) // 10, 1)])
     grid = []
@@ -130,8 +127,7 @@ def select_and_measure(task, masks, truth, classes, device, autocast, what):
 
 def print_table(results, classes):
     """One row per head, in %; with each class's IoU if there are few. classes: their names."""
-    if len(classes) > 6:
-        classes = []
+    classes = classes if len(classes) <= 6 else []
     columns = ["lr", "mIoU", "pixel accuracy", *classes]
     print(f"| {'fine-tuned' if finetune else 'linear head'} | {' | '.join(columns)} |")
     print(f"|---|{'---:|' * len(columns)}")
@@ -202,7 +198,6 @@ if __name__ == "__main__":
     rows = torch.from_numpy(np.random.default_rng((seed, 8)).permutation(len(truth))[:8])
     columns = {"truth": truth[rows], **{name: predictions[name][rows] for name in networks}}
     picture = segmentation_picture(test_set.images[rows], columns, maps[rows].mean(1), train_set.classes)
-    # written last, so a full disk cannot lose the table
-    write_file(folder / "seg_transfer.json", json.dumps(report, indent=1))
+    write_file(folder / "seg_transfer.json", json.dumps(report, indent=1))  # last: the disk may be full
     write_file(folder / "segmentation.png", picture)
     print(f"\nwrote {folder}/segmentation.png seg_transfer.json")

@@ -80,8 +80,7 @@ def planted():
 
 def measure(features, masks, test_masks, monkeypatch):
     monkeypatch.setattr(seg_transfer, "max_steps", 60)
-    head = lambda: Head(6, 3, 8)
-    task = seg_transfer.Task(head, seg_transfer.LEARNING_RATES, features[:40], features[40:])
+    task = seg_transfer.Task(lambda: Head(6, 3, 8), seg_transfer.LEARNING_RATES, features[:40], features[40:])
     return seg_transfer.select_and_measure(task, masks, test_masks, 3, CPU, FLOAT32, "planted")
 
 

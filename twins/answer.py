@@ -97,18 +97,15 @@ def best_removals(results, dataset):
 
 
 def same_settings(results, dataset):
-    """{other data set: (rows of its models study, the study of `dataset` with the same settings)}: untuned.
-
-    Only models-OTHER is read, not an earlier round such as models-OTHER-round2.
-    """
+    """{other data set: (rows of its models study, the study of `dataset` with these settings)}: untuned."""
 
     def settings(groups):
         return {title: rows[0]["setting"] for title, rows in groups.items()}
 
     tuned = {own: settings(group_rows(read_rows(own))) for own in folders_of(results, "models", dataset)}
     matches = {}
-    newest = {folder for folder in results.glob("models-*") if folder.name.count("-") == 1}
-    for folder in sorted(newest - tuned.keys()):
+    last_rounds = {folder for folder in results.glob("models-*") if folder.name.count("-") == 1}
+    for folder in sorted(last_rounds - tuned.keys()):
         groups = group_rows(read_rows(folder))
         same = [own.name for own, its_settings in tuned.items() if its_settings == settings(groups)]
         if groups and same:

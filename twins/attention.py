@@ -45,9 +45,7 @@ def attend(backbone, images, device, autocast, block=-1):
 
 
 def keep_mass(maps, share):
-    """The largest patches of each map [... y x] that together hold `share` of it, as in DINO's
-    visualize_attention.py: bool [... y x].
-    """
+    """The largest patches of each map [... y x] that together hold `share` of it: bool [... y x]."""
     flat = maps.flatten(-2)
     ordered, order = flat.sort(-1)
     keep = ordered.cumsum(-1) / flat.sum(-1, keepdim=True) > 1 - share

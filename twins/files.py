@@ -22,7 +22,7 @@ PATHS = [(PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathl
 
 
 def write_file(path, content, previous=None):
-    """Writes bytes or str atomically; keeps the old file as `previous` if the disk has space. UserError."""
+    """Writes bytes or str atomically, else UserError; `previous`, the old file, is deleted on a full disk."""
     partial = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,10 +77,7 @@ def read_json(path):
 
 
 def read_json_lines(path, is_sound, cut_off=False):
-    """The rows of a file of JSON lines; [] if it does not exist. cut_off: the last line may be broken.
-
-    Raises UserError for another line that is broken or not is_sound(row).
-    """
+    """A file's rows of JSON, [] without it. UserError unless is_sound(row); `cut_off`: except the last."""
     rows = []
     try:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
@@ -151,7 +148,7 @@ def damaged_entry(archive):
 
 
 def load_checkpoint(folder, device="cpu"):
-    """A run's newest sound checkpoint: (its dict, its path, the problem of a newer one or ''). UserError."""
+    """A run's newest sound checkpoint: (its dict, its path, the problem of a newer one or '')."""
     newest, previous = Path(folder) / "ckpt.pt", Path(folder) / "ckpt-previous.pt"
     try:
         return read_checkpoint(newest, device), newest, ""

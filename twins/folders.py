@@ -122,9 +122,8 @@ def refuse_others(top, root, folder_of):
 
 def warn_of_new_classes(root, folder_of, classes):
     """Prints a warning for a class of the test images that `root`, the training images, lacks."""
-    for kind, other in folder_of.items():
-        if kind == "train":
-            continue
+    others = [path for kind, path in folder_of.items() if kind != "train"]
+    for other in others:
         names = [nfc(name) for name in subfolders(other) if name.lower() not in (*IMAGES, *MASKS)]
         if new := [name for name in names if name not in classes]:
             print(f"warning: {root} has no class {new[0]}, but {other} has: evaluation will refuse it")

@@ -69,10 +69,7 @@ def png(figure):
 
 
 def curves_picture(rows):
-    """curves.png: every number of a log's rows (a list of dicts) against the step, related ones in one panel.
-
-    k-NN accuracy is also drawn against minutes of training; a row without `seconds` is at 0.
-    """
+    """curves.png: the numbers of a log's rows against the step, in panels; k-NN also against minutes."""
     curves = {title: {} for title in ("loss and its parts", *PANELS)}
     for row in rows:
         for name, value in row.items():

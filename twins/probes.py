@@ -118,10 +118,7 @@ def nearest_neighbours(x, labels, held_out, rest, test, test_labels):
 
 
 def evaluate_probes(train, labels, test, test_labels, classes, seed=0):
-    """{protocol: result} from {protocol: features [n d]} of both sets, labels int64 [n].
-
-    Raises UserError if there are too few labels to hold some out.
-    """
+    """{protocol: result} from {protocol: features [n d]}, labels int64 [n]. UserError for too few labels."""
     held_out, rest = (rows.to(labels.device) for rows in balanced(labels.cpu(), 0.1, seed))
     if len(rest) < classes:
         few = f"{len(labels)} labels of {classes} classes are too few to hold some out"

@@ -188,10 +188,7 @@ def gather(x):
 
 @torch.no_grad()
 def map_shards(function, x, autocast, title, batch_size=500, leave=True):
-    """`function` of batches of x [n ...], under autocast -> all its results in float32, in order.
-
-    Each process computes its shard and gets the results of all. title: of the progress bar.
-    """
+    """function(batch) for batches of x [n ...], shared by all processes: its results joined, in float32."""
     chunks = []
     for batch in tqdm(shard(x).split(batch_size), title, unit="batch", leave=leave, delay=3):
         with autocast:

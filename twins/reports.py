@@ -125,10 +125,7 @@ def percent(values):
 
 
 def points(differences):
-    """Mean and 95 % interval of differences of shares, in points: ('+1.0', '+0.5 to +1.5').
-
-    One difference has no interval: a dash.
-    """
+    """Mean and 95 % interval of differences of shares, in points: ('+1.0', '+0.5 to +1.5'); '-' for n = 1."""
     if len(differences) == 1:
         return f"{100 * differences[0]:+.1f}", "-"
     low, high = t_interval(differences)
@@ -239,10 +236,7 @@ def differences_table(name, panel, runs=None):
 
 
 def fill(page, text_of):
-    """Replaces the text of a page from <!-- KIND NAME --> to <!-- end KIND --> by text_of(KIND, NAME).
-
-    Raises UserError for a page without such lines.
-    """
+    """Replaces the text between <!-- KIND NAME --> and <!-- end KIND --> in a page by text_of(KIND, NAME)."""
     text = page.read_text(encoding="utf-8")
     if not BLOCK.search(text):
         raise UserError(f"{page} has no lines <!-- KIND NAME --> and <!-- end KIND -->")

@@ -80,8 +80,7 @@ def compare_collapse(search):
     """Whether fewer random settings of a hybrid collapse than of DINO, and by RankMe alone."""
     if "DINO" not in search or not split_titles(search)[0]:
         return "Not answered yet: that needs a search with DINO and a hybrid."
-    n = len(search["DINO"])
-    budget = search["DINO"][0]["budget"]
+    dino = search["DINO"]
     collapsed, ps = failures(search, lambda row: row["collapsed"])
     fell, rank_ps = failures(search, rank_fell)
     fewer = all(collapsed[title] < collapsed["DINO"] and p < SIGNIFICANT for title, p in ps.items())
@@ -93,9 +92,10 @@ def compare_collapse(search):
     word = "Yes" if fewer and fewer_fell else "Fewer settings fail" if fewer else "Not significant"
     by_rank = "By RankMe alone" if fewer_fell else "By RankMe alone, not significant"
     return (
-        f"{word}. Of {n} random settings at {budget:g} PFLOP, {collapsed['DINO']} of DINO's fail, "
-        f"{count(collapsed, ps)}: final k-NN below that of random weights (possibly just slow learning), or "
-        f"RankMe below a quarter of theirs. {by_rank}: {fell['DINO']} of DINO's, {count(fell, rank_ps)}."
+        f"{word}. Of {len(dino)} random settings at {dino[0]['budget']:g} PFLOP, {collapsed['DINO']} of "
+        f"DINO's fail, {count(collapsed, ps)}: final k-NN below that of random weights (possibly just slow "
+        f"learning), or RankMe below a quarter of theirs. {by_rank}: {fell['DINO']} of DINO's, "
+        f"{count(fell, rank_ps)}."
     )
 
 

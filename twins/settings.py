@@ -63,10 +63,7 @@ def draw_setting(space, seed, trial, options):
 
 
 def with_changes(best, changes, options):
-    """{change: the setting `best` with it} for each of the changes "wd=0.1;wd=0.1 n_local=0".
-
-    Raises UserError for anything but options of the script with Python values.
-    """
+    """{change: the setting `best` with it} for changes "wd=0.1;wd=0.1 n_local=0". Raises UserError."""
     settings = {}
     for words in filter(None, changes.split(";")):
         pairs = dict(word.partition("=")[::2] for word in words.split())

@@ -41,10 +41,7 @@ class Measured(Exception):
 
 
 class Stopwatch:
-    """Replaces Run.update() and `crop`, which makes views, while a script runs; makes `result`, see above.
-
-    The last step raises Measured. The operations are those of the second step.
-    """
+    """Replaces Run.update() and `crop`, which makes views, until the last step raises Measured."""
 
     def __init__(self, warmup, steps, trace, crop):
         self.warmup, self.steps, self.trace = warmup, steps, trace

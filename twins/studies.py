@@ -68,10 +68,7 @@ def unfinished(cells, study, folder, name_of):
 
 
 def run_results(folder, flop, diverged):
-    """A finished run's part of its row: provenance, cost, k-NN, RankMe, collapsed, curve.
-
-    flop: of a step. diverged: its loss was not finite, so it counts as its untrained network.
-    """
+    """What a finished run adds to its row. flop: of a step. diverged: it counts as its untrained network."""
     config = read_json(folder / "config.json")
     log = read_log(folder / "log.jsonl")
     evaluations = [row for row in log if "knn" in row]
@@ -135,12 +132,9 @@ def measures(row):
 
 
 def pair_with_full(rows):
-    """{label: rows} of a script's removals, "full" first, and {label: differences} of labels with pairs.
-
-    Full runs of seeds without a removal are left out.
-    """
+    """{label: rows} of a script's removals, "full" first, and {label: differences} of labels with pairs."""
     labels = sorted({row["label"] for row in rows} - {"full"}, key=REMOVALS.index)
-    seeds = {row["seed"] for row in rows if row["label"] != "full"}
+    seeds = {row["seed"] for row in rows if row["label"] != "full"}  # full runs of other seeds are left out
     rows = [row for row in rows if row["seed"] in seeds or not seeds]
     runs = {label: [row for row in rows if row["label"] == label] for label in ("full", *labels)}
     differences = {label: paired(runs[label], runs["full"], METRIC) for label in labels}

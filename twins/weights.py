@@ -35,7 +35,7 @@ def read_backbone(path, network, heads, vit):
 
 
 def read_saved(path):
-    """The content of a run's folder or a file that torch.save wrote, {} for others; its path. UserError."""
+    """The content of a run's folder or a file that torch.save wrote, {} for others; its path."""
     if path.is_dir():
         if not holds_run(path):
             return {}, path
@@ -177,7 +177,7 @@ def flatten(content, path, prefix=""):
 
 
 def choose_network(tensors, path, network):
-    """One ViT, identified by its cls_token: its state dict, its name, the names of the others. UserError."""
+    """One ViT, by its cls_token: its state dict, its name, the names of the others. Raises UserError."""
     prefixes = [name.removesuffix("cls_token") for name in tensors if name.split(".")[-1] == "cls_token"]
     if not prefixes:
         first = ", ".join(list(tensors)[:3]) or "none"
