@@ -120,9 +120,9 @@ def choose_images(dataset, data_dir, size, n, seed, skip_bad_images):
     """At most `n` random images of a test set, with masks if it has any: Split."""
     loader = load_masks if has_masks(dataset, data_dir) else load
     data = loader(dataset, data_dir, size, "test", skip_bad_images)
-    chosen = torch.from_numpy(np.random.default_rng((seed, 6)).permutation(len(data.images))[:n])
-    masks = None if data.masks is None else data.masks[chosen]
-    return data._replace(images=data.images[chosen], labels=None, masks=masks)
+    indices = torch.from_numpy(np.random.default_rng((seed, 6)).permutation(len(data.images))[:n])
+    masks = None if data.masks is None else data.masks[indices]
+    return data._replace(images=data.images[indices], labels=None, masks=masks)
 
 
 def panel(backbone, maps, pixels, device, autocast):

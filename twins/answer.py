@@ -146,10 +146,10 @@ def random_weights(folder):
 
 def overview(search, models, floor):
     """One row per method: its best setting on the test set, and its random settings; random weights last."""
-    measured = [measures(row) for rows in models.values() for row in rows]
+    results = [measures(row) for rows in models.values() for row in rows]
     main = main_measure(models)
     _, singles = split_titles(models)
-    others = [name for name in ("test linear", "mIoU") if any(name in row for row in measured)]
+    others = [name for name in ("test linear", "mIoU") if any(name in result for result in results)]
     columns = [main, *(f"vs {single}" for single in singles), *others]
     lines = []
     for title, runs in models.items():

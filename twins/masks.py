@@ -140,11 +140,12 @@ def pet(root, split):
 def imagenet_s(root, split):
     """ImageNet-S (2106.03149) as its scripts lay it out: id = R + 256 G, 0 is `other`, 1000 is void."""
     name = "train-semi" if split == "train" else "validation"
-    if not (root / f"{name}-segmentation").is_dir():
+    folder = root / f"{name}-segmentation"
+    if not folder.is_dir():
         hint = "give a folder such as ImageNetS50 from github.com/LUSSeg/ImageNet-S"
-        raise UserError(f"{root} has no {name}-segmentation/: {hint}")
-    images, masks = image_files(root / name), root / f"{name}-segmentation"
-    masks = [str(masks / Path(path).relative_to(root / name).with_suffix(".png")) for path in images]
+        raise UserError(f"{root} has no {folder.name}/: {hint}")
+    images = image_files(root / name)
+    masks = [str(folder / Path(path).relative_to(root / name).with_suffix(".png")) for path in images]
 
     def ids(pixels):
         return ignoring(1000)(pixels[..., 0] + 256 * pixels[..., 1])

@@ -26,12 +26,12 @@ NEIGHBOURS = (10, 20, 100, 200)
 def balanced(labels, share, seed):
     """Indices of a random `share` of each class, at least one image, and of the rest: two int64 [m]."""
     rng = np.random.default_rng((seed, 3))
-    taken = torch.zeros(len(labels), dtype=torch.bool)
+    in_share = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]
         count = max(round(share * len(members)), 1)
-        taken[members[rng.permutation(len(members))[:count]]] = True
-    return taken.nonzero()[:, 0], (~taken).nonzero()[:, 0]
+        in_share[members[rng.permutation(len(members))[:count]]] = True
+    return in_share.nonzero()[:, 0], (~in_share).nonzero()[:, 0]
 
 
 def whitening(x):

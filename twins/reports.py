@@ -157,9 +157,9 @@ def report_later_round(groups):
     lines = []
     for title, rows in groups.items():
         for row in rows:
-            measured = [f"{100 * row['knn']:.1f}", f"{row['rank']:.1f}", "yes" if row["collapsed"] else "no"]
+            trained = [f"{100 * row['knn']:.1f}", f"{row['rank']:.1f}", "yes" if row["collapsed"] else "no"]
             untrained = [f"{100 * row['knn_init']:.1f}", f"{row['rank_init']:.1f}"]
-            lines.append([title, row["label"], row["steps"], *measured, *untrained])
+            lines.append([title, row["label"], row["steps"], *trained, *untrained])
     columns = ["method", "setting", "steps", METRIC, "RankMe", "collapsed"]
     columns += ["k-NN, untrained", "RankMe, untrained"]
     return [table(columns, lines), *best_settings(groups)], {}
@@ -210,8 +210,8 @@ def report_removal(groups):
     tables, panels = [], {}
     for title, rows in groups.items():
         runs, panel = pair_with_full(rows)
-        now, random = (percent([row[name] for row in runs["full"]]) for name in ("knn", "knn_init"))
-        tables.append(f"{title}: {METRIC} {now} with nothing removed, {random} with random weights.")
+        full, untrained = (percent([row[name] for row in runs["full"]]) for name in ("knn", "knn_init"))
+        tables.append(f"{title}: {METRIC} {full} with nothing removed, {untrained} with random weights.")
         if panel:
             panels[title] = panel
             tables.append(differences_table(title, panel, runs))

@@ -143,8 +143,8 @@ def list_removals(removals):
             changes.setdefault(outcome, []).append(change)
         outcomes = sorted(changes, key=VERDICTS.index)
         text = "; ".join(f"{outcome}: {', '.join(changes[outcome])}" for outcome in outcomes)
-        now, random = (100 * np.mean([row[name] for row in full]) for name in ("knn", "knn_init"))
-        level = f"k-NN {now:.1f}, untrained {random:.1f}, {full[0]['budget']:g} PFLOP"
+        trained, untrained = (100 * np.mean([row[name] for row in full]) for name in ("knn", "knn_init"))
+        level = f"k-NN {trained:.1f}, untrained {untrained:.1f}, {full[0]['budget']:g} PFLOP"
         if absent:
             level += f", already without {', '.join(absent)}"
         seeds = count_seeds(*sorted({len(values) for values in differences.values()}))
