@@ -18,7 +18,7 @@ SLOTS = torch.cuda.device_count() or os.cpu_count()  # default number of paralle
 def run_jobs(jobs, slots):
     """Runs (name, log, commands) jobs, `slots` at once; returns {name: why it failed}, whether stopped.
 
-    commands: a generator that yields arguments for Python and is sent each exit code; an exception in it fails
+    commands: a generator that yields arguments for Python and is sent each exit code; an exception fails
     the job. Output is appended to `log`. After Ctrl-C or SIGTERM all processes get SIGTERM and are awaited.
     """
     failures = {}
