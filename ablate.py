@@ -1,26 +1,24 @@
 """Studies: which settings learn, which method learns best, which mechanisms can go. Runs the real scripts.
 
-    python ablate.py --study=search --dataset=stl10 --trials=16   random settings, the same number for all
-    python ablate.py --study=models --dataset=stl10 --seeds=8     the best of each on fresh seeds, test set
+    python ablate.py --study=search --dataset=stl10 --trials=16   random settings, equally many per method
+    python ablate.py --study=models --dataset=stl10 --seeds=8     each method's best on fresh seeds, test set
     python ablate.py --study=removal --dataset=stl10 --seeds=8    each mechanism off alone, and all of them
     python ablate.py --study=... --dry_run=True                   what it would run, and how long that takes
-    python ablate.py --study=... --report=True                    tables, figures from the rows; README's, too
+    python ablate.py --study=... --report=True                    remake tables and figures, also README's
 
-Rows go to results/<study>-<dataset>; for CIFAR the recorded ones are there, so give another --out_dir.
-All runs of a study use the same number of floating-point operations: steps = pflop / count per step. A
-search's second round (successive halving) trains its best settings again, and one by hand, for longer:
+Rows go to results/<study>-<dataset>, which holds recorded ones for CIFAR: give another --out_dir there. All
+runs of a study use the same number of floating-point operations: steps = pflop / count per step. The second
+round of a search (successive halving) trains its best settings, and one chosen by hand, for longer. A further
+round tries changes to the best setting, one at a time:
 
     python ablate.py --study=search --search_dir=FIRST --trials=2 --pflop=0.04 --out_dir=SECOND
+    python ablate.py --study=search --search_dir=SECOND --trials=1 --changes="wd=0.1;n_local=0 ema_end=0.97"
     python ablate.py --study=models --search_dir=SECOND
 
-A further round, `--search_dir=SECOND --trials=1 --changes="n_local=0;n_local=0 ema_end=0.97"`, tries changes
-to the best setting, those between semicolons one by one.
-
-Settings are chosen by k-NN accuracy on held-out training images, among runs that did not collapse. A run
-collapsed if RankMe ends below a quarter of the untrained network's, k-NN below its, or a loss was not finite.
-
-Finished runs are skipped, stopped ones resumed; Ctrl-C saves all. A run that fails stops no other and is
-listed at the end. Trials and seeds run in rounds, so the rows are a full table at any time.
+Settings are selected by k-NN accuracy on held-out training images, among runs that did not collapse: RankMe
+below a quarter of the untrained network's, k-NN accuracy below it, or a loss that is not finite. Finished
+runs are skipped, stopped ones resumed; Ctrl-C saves all. A failed run does not stop the others and is listed
+at the end. Each trial or seed runs for all methods before the next one starts.
 """
 
 import hashlib
@@ -34,7 +32,7 @@ from pathlib import Path
 from twins.answer import fill_pages
 from twins.errors import ROOT, UserError
 from twins.files import only_writer, read_json, write_file
-from twins.jobs import default_slots, last_line, run_jobs, start
+from twins.jobs import SLOTS, check_exit, last_line, run_jobs, start
 from twins.keys import holds_run, parse
 from twins.reports import write_report
 from twins.settings import MECHANISMS, draw_setting, read_script, removals, with_changes
@@ -44,23 +42,23 @@ study = "search"  # which question [search|models|removal]
 scripts = "dino,barlow,hybrid_a,hybrid_b"  # which training scripts
 dataset = "shapes"  # any data set of the training scripts, with labels
 data_dir = "data"  # where its files are
-masks_dir = ""  # for models: a folder of images and masks for seg_transfer.py; empty: on shapes only
+masks_dir = ""  # for models: images and masks for seg_transfer.py; empty: it runs on shapes only
 preset = "small"  # of the scripts; on shapes their shapes preset
 trials = 16  # settings of a search: random ones, or the best of --search_dir [1..1000]
-mechanisms = ""  # which ones to remove, such as EMA,multi-crop; "all": at once; empty: each one, and all
+mechanisms = ""  # to remove, such as EMA,multi-crop; "all": all at once; empty: each one, and all at once
 seeds = 8  # seeds per setting in models and removal; fewer cannot give p < 0.05 after Holm [1..1000]
 pflop = 0.0  # floating-point operations per run, in 1e15; 0: the default in PFLOP [0..]
-changes = ""  # for a round after the second: changes to the best setting, n_local=0;n_local=0 ema_end=0.97
+changes = ""  # for a further round: changes to the best setting, such as wd=0.1;n_local=0 ema_end=0.97
 search_dir = ""  # the search whose best settings are used; empty, in models and removal: results/search-...
 out_dir = ""  # rows, tables and figures; empty: results/<study>-<dataset>
 runs_dir = ""  # the runs and their checkpoints; empty: out/<name of out_dir>
 jobs = 0  # runs at once; 0: one per GPU, or one per CPU core [0..]
 device = "auto"  # of the runs
 space_seed = 0  # seed of the search's random settings [0..]
-dry_run = False  # only say what would run, and for how long
-report = False  # only make the tables and figures again
+dry_run = False  # only print what would run, and for how long
+report = False  # only remake the tables and figures
 
-SPACE = {  # of a search. A list: one of these; a pair: log-uniform between them
+SPACE = {  # of a search. A list: one of its values; a pair: log-uniform between the two
     "base_lr": (5e-4, 8e-3),
     "wd": [0.0, 0.04, 0.1],
     "grad_clip": [0.0, 3.0],
@@ -85,24 +83,28 @@ SPACE = {  # of a search. A list: one of these; a pair: log-uniform between them
 }
 TEACHER = {"batch_size": 128, "base_lr": 2e-3, "ema": 0.97, "tau_t": 0.055, "warmup_epochs": 0.2}
 TEACHER.update(head_bn=True, norm_last_layer=False, freeze_last_layer_epochs=0.1)
-BY_HAND = {  # settings from before the search, one a method, that take part in its second round
+BY_HAND = {  # one setting per method, from before the search, that takes part in its second round
     "dino": {**TEACHER, "n_local": 4},
     "barlow": {"batch_size": 128, "base_lr": 4e-3, "warmup_epochs": 0.2, "n_local": 0, "proj_dim": 1024},
     "hybrid_a": {**TEACHER, "n_local": 4, "alpha": 20.0, "head": "shared"},
     "hybrid_b": {**TEACHER, "n_local": 2, "alpha": 50.0, "head": "two", "proj_dim": 512},
 }
 PFLOP = {"search": 0.016, "models": 0.2, "removal": 0.06}
-EVALUATIONS = {"search": 1, "models": 8, "removal": 2}  # besides that of the untrained network
+EVALUATIONS = {"search": 1, "models": 8, "removal": 2}  # per run, besides that of the untrained network
 MONITOR = {"knn_bank": 5000, "knn_queries": 5000}
-LATER_ROUND_SEED, FRESH_SEED = 500, 1000  # of later search rounds; the first of models, removal
+LATER_ROUND_SEED, FRESH_SEED = 500, 1000  # of later search rounds; the first of models and removal
 
 
 def make_cells():
     """The runs of the study in order, each {script, label, seed, setting, budget, id}."""
-    folder, numbers, cells = search_dir, [LATER_ROUND_SEED] if search_dir else range(trials), []
+    cells = []
+    folder = search_dir
+    numbers = [LATER_ROUND_SEED] if search_dir else range(trials)
     if study != "search":
         folder = search_dir or f"results/search-{dataset}"
         numbers = range(FRESH_SEED, FRESH_SEED + seeds)
+    folders = [data_dir] if dataset == "folder" else []
+    folders += [masks_dir] if masks_dir else []
     searched = read_rows(folder) if folder else []
     if folder and not searched:
         if search_dir:
@@ -123,10 +125,8 @@ def make_cells():
                 settings = removals(MECHANISMS, settings["full"], options, mechanisms)
             for label, setting in settings.items():
                 cell = {"script": script, "label": label, "seed": seed, "setting": setting, "budget": pflop}
-                images = [dataset, data_dir] if dataset == "folder" else [dataset]
-                images += [masks_dir] * bool(masks_dir)
-                decides = json.dumps([cell, *images, preset], sort_keys=True)
-                cells.append({**cell, "id": hashlib.sha256(decides.encode()).hexdigest()[:8]})
+                identity = json.dumps([cell, dataset, *folders, preset], sort_keys=True)
+                cells.append({**cell, "id": hashlib.sha256(identity.encode()).hexdigest()[:8]})
     return cells
 
 
@@ -139,25 +139,26 @@ def run_folder(cell):
 
 
 def words_of(cell, **more):
-    """The options of a cell's run as words of a command."""
+    """The options of a cell's run as command-line arguments."""
     options = {"dataset": dataset, "data_dir": data_dir, "preset": preset, "seed": cell["seed"]}
     options.update({"device": device, **MONITOR, **cell["setting"], **more})
     return [f"--{name}={value}" for name, value in options.items()]
 
 
 def cost_command(cell, file):
-    """Measures five steps of a run, with base_lr=0 so that none diverges; writes their cost into a file."""
+    """Measures five steps of a run and writes their cost to a file; base_lr=0, so that none diverges."""
     few = {"knn_bank": 50, "knn_queries": 20, "max_steps": 10**6, "eval_every": 10**6, "base_lr": 0.0}
     words = [ROOT / f"{cell['script']}.py", *words_of(cell, **few)]
     return [ROOT / "twins" / "stopwatch.py", file, 2, 3, "", *words]
 
 
 def run_cell(cell):
-    """Yields the commands of a cell, is sent their exit codes, writes its row. UserError if one fails."""
-    out, script = run_folder(cell), ROOT / f"{cell['script']}.py"
+    """Yields a cell's commands, receives their exit codes, writes its row. UserError if one fails."""
+    out = run_folder(cell)
+    script = ROOT / f"{cell['script']}.py"
     cost_file, log = Path(f"{out}.json"), Path(f"{out}.txt")
     if not cost_file.exists():
-        check((yield cost_command(cell, cost_file)), log)
+        check_exit((yield cost_command(cell, cost_file)), log)
     cost = read_json(cost_file)
     steps = round(cell["budget"] * 1e15 / cost["flop"])
     if not steps:
@@ -167,37 +168,32 @@ def run_cell(cell):
     code = yield [script, *(["--resume=True"] if holds_run(out) else words), f"--out_dir={out}"]
     diverged = bool(code == 1 and re.search(r"is (nan|-?inf) at step|not finite", last_line(log)))
     if not diverged:
-        check(code, log)
+        check_exit(code, log)
     command = " ".join(["python", script.name, *words])
     row = {**cell, "command": command, "views": cost["n_views"], **run_results(out, cost["flop"], diverged)}
     if study == "models" and not diverged:
         common = [f"--ckpt={out / 'ckpt.pt'}", f"--device={device}", f"--out_dir={out}"]
-        check((yield [ROOT / "eval_linear.py", *common]), log)
+        check_exit((yield [ROOT / "eval_linear.py", *common]), log)
         protocols = read_json(out / "eval_linear.json")["results"]
         row["test"] = {f"test {name}": result["top1"] for name, result in protocols.items()}
         masks = ["--dataset=folder", f"--data_dir={masks_dir}", "--image_size=64"] if masks_dir else []
         if masks or dataset == "shapes":
-            check((yield [ROOT / "seg_transfer.py", *common, *masks]), log)
+            check_exit((yield [ROOT / "seg_transfer.py", *common, *masks]), log)
             row["test"]["mIoU"] = read_json(out / "seg_transfer.json")["results"]["this checkpoint"]["miou"]
     write_rows(out_dir, [*read_rows(out_dir), row])
     accuracy = f"k-NN {row['knn']:.3f} (untrained {row['knn_init']:.3f})"
-    print(f"{name_of(cell)}: {accuracy}{', collapsed' * row['collapsed']}", flush=True)
+    print(f"{name_of(cell)}: {accuracy}{', collapsed' if row['collapsed'] else ''}", flush=True)
 
 
-def check(code, log):
-    if code:
-        raise UserError(f"exit code {code}: {last_line(log)}")
-
-
-def say_plan(cells, slots):
-    """What would run, and how long that takes, from five measured steps of each script."""
+def print_plan(cells, slots):
+    """Prints what would run and how long that takes, from five measured steps of each script."""
     hours = {}
     for cell in cells:
         print(f"{name_of(cell)}: python {cell['script']}.py {' '.join(words_of(cell))}")
         if cell["script"] not in hours:
             with tempfile.TemporaryDirectory() as folder:
                 file, log = Path(folder) / "cost.json", Path(folder) / "log.txt"
-                check(start(cost_command(cell, file), log, 0, slots).wait(), log)
+                check_exit(start(cost_command(cell, file), log, 0, slots).wait(), log)
                 cost = read_json(file)
             hours[cell["script"]] = cell["budget"] * 1e15 / cost["flop"] * cost["seconds"] / 3600
     total = sum(hours[cell["script"]] for cell in cells) / slots
@@ -205,13 +201,14 @@ def say_plan(cells, slots):
 
 
 def compare_attention():
-    """attn_viz.py on the runs of the models study whose checkpoints are here, a group for each script."""
+    """Runs attn_viz.py on the models study's runs that have a checkpoint, one group per script."""
     groups = {}
     for row in read_rows(out_dir):
         if (path := run_folder(row) / "ckpt.pt").exists():
             groups.setdefault(row["script"], []).append(str(path))
     if not groups:
-        return print(f"attention maps are not compared: {runs_dir} holds no checkpoint")
+        print(f"attention maps are not compared: {runs_dir} holds no checkpoint")
+        return
     text = ",".join(f"{script}={':'.join(paths)}" for script, paths in groups.items())
     words = [f"--ckpt={text}", f"--out_dir={runs_dir}", f"--device={device}"]
     if subprocess.run([sys.executable, ROOT / "attn_viz.py", *words]).returncode:
@@ -231,18 +228,20 @@ if __name__ == "__main__":
         if out_dir.resolve().parent == ROOT / "results":
             fill_pages()
         sys.exit()
-    cells, slots = make_cells(), jobs or default_slots()
+    cells = make_cells()
+    slots = jobs or SLOTS
     with only_writer(out_dir):
         todo = unfinished(cells, study, out_dir, name_of)
         print(f"{out_dir}: {len(cells) - len(todo)} of {len(cells)} runs are finished", flush=True)
         if dry_run:
-            sys.exit(say_plan(todo, slots))
+            print_plan(todo, slots)
+            sys.exit()
         work = [(name_of(cell), Path(f"{run_folder(cell)}.txt"), run_cell(cell)) for cell in todo]
         failures, stopped = run_jobs(work, slots)
         if read_rows(out_dir):
             write_report(out_dir, study)
     if stopped:
-        sys.exit("stopped; the same command continues")
+        sys.exit("stopped; the same command resumes it")
     if failures:
         sys.exit("failed:\n" + "\n".join(f"{name}: {why}" for name, why in failures.items()))
     if study == "models" and (todo or not (out_dir / "attention.json").exists()):

@@ -1,10 +1,10 @@
 """Attention maps of one or more backbones: pictures, numbers, and a test of whether groups of runs differ.
 
-A map is [CLS]'s attention to the patches in the last block, for one head or all averaged, scaled to sum to 1.
+A map is [CLS]'s attention to the patches in the last block, of one head or averaged over heads, summing to 1.
 Pictures show log2 of its ratio to uniform attention, and patch tokens as colours (PCA, as in DINOv2). With
 masks: the share of attention on the object, over the object's share of the image (mass / area: 1 is uniform),
-and DINO's Jaccard, of the top patches that hold 60 or 80 % of the attention (2104.14294, figure 4); "-"
-where a map is so flat that noise chooses them.
+and DINO's Jaccard index of the top patches that hold 60 or 80 % of the attention (2104.14294, figure 4); "-"
+where a map is so flat that noise determines these patches.
 
 Two maps p, q of an image differ by the Jensen-Shannon divergence, 0 to 1 bit; two runs by its mean over
 images, on maps averaged over heads; a permutation test over runs compares groups (twins/permutation.py):
@@ -12,7 +12,7 @@ images, on maps averaged over heads; a permutation test over runs compares group
     JSD(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2
 
     python attn_viz.py --ckpt=out/dino-shapes,out/barlow-shapes           pictures and figures
-    python attn_viz.py --ckpt=dino=a:b:c,barlow=d:e:f                     groups of runs: the test, too
+    python attn_viz.py --ckpt=dino=a:b:c,barlow=d:e:f                     groups of runs: also the test
     python attn_viz.py --ckpt=out/dino-cifar10 --images=photograph.jpg    your own images
 
 Letters in shapes:  n images  h heads  y x patch grid  r runs  s image side
@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from data import load
-from twins.attention import attend, describe, divergences, keep_mass, near_uniform
+from twins.attention import attend, attention_figures, divergences, keep_mass, near_uniform
 from twins.backbones import configure_evaluation, load_backbone, output_folder, random_like, trained_on
 from twins.datasets import Split
 from twins.decoding import decode
@@ -49,7 +49,7 @@ ckpt = ""  # A,B,... or name=A:B,name=C:D; each a run's folder, an export folder
 weights = ""  # a network of the checkpoints, such as student; empty: the one that a run evaluates
 dataset = ""  # shapes, cifar10, folder, voc2012 ...; empty: what the first run was trained on
 data_dir = ""  # where its files are; empty: where the first run found them
-images = ""  # your own images instead: a folder or one file
+images = ""  # your own images instead: a folder or a file
 out_dir = ""  # where pictures and attention.json go; empty: next to the first checkpoint
 image_size = 0  # pixels; 0: what the first backbone was trained with [0..]
 skip_bad_images = False  # in a folder, skip files that cannot be read, up to 1 %
@@ -60,7 +60,7 @@ patch_size = 4  # pixels, for --ckpt=random [1..]
 dim = 192  # width, for --ckpt=random [1..]
 depth = 12  # blocks, for --ckpt=random [1..]
 heads = 0  # attention heads, for --ckpt=random (0: 3) and for weights that do not say (0: guessed) [0..]
-permutations = 20000  # regroupings of the runs: all, or this many at random if there are more [1..]
+permutations = 20000  # regroupings of the runs: all, or a random sample of this size [1..]
 seed = 0  # of the choice of images, the permutations and the bootstrap [0..]
 device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "float32"  # of the backbone; auto: bfloat16 where it is faster [auto|bfloat16|float64]
@@ -71,16 +71,18 @@ COLUMNS.update(distance_pixels="distance, pixels", head_diversity_bits="head div
 
 
 def read_groups(text):
-    """'A,B' or 'name=A:B,name=C:D' -> {name: [checkpoint, ...]}; without a name, it is that of the folder."""
+    """'A,B' or 'name=A:B,name=C:D' -> {name: [checkpoint, ...]}; the default name is the folder's."""
     groups = {}
     for item in text.split(","):
         path = Path(item)
-        named = None if os.path.exists(item) else re.match(r"([^/=]+)=(.*)$", item)
-        if named:
-            name, checkpoints = named[1], named[2].split(":")
+        match = None if os.path.exists(item) else re.match(r"([^/=]+)=(.*)$", item)
+        if match:
+            name, checkpoints = match[1], match[2].split(":")
+        elif item == "random":
+            name, checkpoints = "random", [item]
         else:
             folder = path.absolute() if os.path.isdir(item) else path.absolute().parent
-            name, checkpoints = "random" if item == "random" else folder.name, [item]
+            name, checkpoints = folder.name, [item]
         if name in groups:
             raise UserError(f"--ckpt has two groups called {name}: give them names, --ckpt=a=A,b=B")
         if not all(checkpoints) or (name == "random") != (set(checkpoints) == {"random"}):
@@ -90,15 +92,16 @@ def read_groups(text):
 
 
 def warn_of_mixed_groups(runs):
-    """Prints a warning for a group that holds another method's runs than its name or its other runs say."""
-    for group in dict.fromkeys(name for name, *_ in runs):
-        scripts = {known["script"] for name, *_, known in runs if name == group and "script" in known}
-        if len(scripts | {group} & NAMES.keys()) > 1:
+    """Prints a warning for a group with runs of several methods, or of another method than its name."""
+    for group in dict.fromkeys(run["group"] for run in runs):
+        scripts = {run["checkpoint"].get("script") for run in runs if run["group"] == group} - {None}
+        methods = {*scripts, group} if group in NAMES else scripts
+        if len(methods) > 1:
             print(f"warning: the group {group} holds runs of {' and '.join(sorted(scripts))}")
 
 
 def own_images(path, size):
-    """One image file, or those of a folder, less what cannot be read, which it prints: Split."""
+    """One image file, or those of a folder without unreadable ones, which it prints: Split."""
     paths = [path] if os.path.isfile(path) else image_files(path)
     decoded = []
     for file in paths:
@@ -114,16 +117,16 @@ def own_images(path, size):
 
 
 def choose_images(dataset, data_dir, size, n, seed, skip_bad_images):
-    """At most `n` random images of a test set, with masks where it has them: Split."""
+    """At most `n` random images of a test set, with masks if it has any: Split."""
     loader = load_masks if has_masks(dataset, data_dir) else load
     data = loader(dataset, data_dir, size, "test", skip_bad_images)
-    chosen = torch.from_numpy(np.random.default_rng((seed, 6)).permutation(len(data.images))[:n])
-    masks = None if data.masks is None else data.masks[chosen]
-    return data._replace(images=data.images[chosen], labels=None, masks=masks)
+    indices = torch.from_numpy(np.random.default_rng((seed, 6)).permutation(len(data.images))[:n])
+    masks = None if data.masks is None else data.masks[indices]
+    return data._replace(images=data.images[indices], labels=None, masks=masks)
 
 
 def panel(backbone, maps, pixels, device, autocast):
-    """What attention.png shows of one run for the first `rows` images: see attention_picture()."""
+    """The columns of attention.png for one run and the first `rows` images: see attention_picture()."""
     columns = {}
     if blocks == "all":
         for i in range(len(backbone.blocks)):
@@ -143,29 +146,31 @@ def panel(backbone, maps, pixels, device, autocast):
 
 def compare_groups(d, names, groups, seeds):
     """Tests all groups but random weights, then each pair: d [n r r], group and seed of runs int64 [r]."""
-    trained, tests = [i for i, name in enumerate(names) if name != "random"], []
+    trained = [i for i, name in enumerate(names) if name != "random"]
     pairs = list(combinations(trained, 2))
-    for compared in pairs if len(pairs) < 2 else [trained, *pairs]:
+    tests = []
+    for compared in [trained, *pairs] if len(pairs) > 1 else pairs:
         runs = torch.isin(groups, torch.tensor(compared))
         test = permutation_test(d[:, runs][:, :, runs], groups[runs], seeds[runs], permutations, seed)
         tests.append({"groups": [names[i] for i in compared], **test})
     return tests
 
 
-def print_table(report, names):
+def print_table(runs, names):
     """One row per group: means over heads and images, then over runs, ± their standard deviation."""
-    columns = {name: title for name, title in COLUMNS.items() if name in report[0]}
-    jaccards = [(60, "best_head"), (60, "mean_map"), (80, "best_head"), (80, "mean_map")]
-    jaccards = jaccards if "jaccard_60" in report[0] else []
+    columns = {name: title for name, title in COLUMNS.items() if name in runs[0]}
+    jaccards = []
+    if "jaccard_60" in runs[0]:
+        jaccards = [(60, "best_head"), (60, "mean_map"), (80, "best_head"), (80, "mean_map")]
     titles = [*columns.values(), *(f"J{percent} {kind.replace('_', ' ')}" for percent, kind in jaccards)]
     print(f"| group | runs | {' | '.join(titles)} |\n|---|---:|{'---:|' * len(titles)}")
     for name in names:
-        runs = [row for row in report if row["group"] == name]
-        cells = [mean_and_spread([np.mean(row[column]) for row in runs]) for column in columns]
+        group = [run for run in runs if run["group"] == name]
+        cells = [mean_and_spread([np.mean(run[column]) for run in group]) for column in columns]
         for percent, kind in jaccards:
-            found = [row[f"jaccard_{percent}"] for row in runs]  # None: nearly uniform
-            cells.append(mean_and_spread([j[kind] for j in found]) if all(found) else "-")
-        print(f"| {printed(name)} | {len(runs)} | {' | '.join(cells)} |")
+            values = [run[f"jaccard_{percent}"] for run in group]  # None: nearly uniform
+            cells.append(mean_and_spread([value[kind] for value in values]) if all(values) else "-")
+        print(f"| {printed(name)} | {len(group)} | {' | '.join(cells)} |")
 
 
 def mean_and_spread(values):
@@ -176,15 +181,20 @@ if __name__ == "__main__":
     config = configure_evaluation(globals())
     device, autocast = setup(device, dtype, seed)
     groups = read_groups(ckpt)
-    runs = []
-    for name, path in [(name, path) for name, paths in groups.items() for path in paths]:
-        runs.append((name, path, *load_backbone({**config, "ckpt": path}, device, ViT)))
-    _, first_path, first, about = runs[0]
+    runs, backbones = [], []
+    for name, paths in groups.items():
+        for path in paths:
+            backbone, about = load_backbone({**config, "ckpt": path}, device, ViT)
+            runs.append({"group": name, "ckpt": path, "checkpoint": about})
+            backbones.append(backbone)
+    about = runs[0]["checkpoint"]
     image_size = image_size or about["image_size"]
     warn_of_mixed_groups(runs)
-    for _ in range(0 if "random" in groups else 3):  # the floor
-        runs.append(("random", "random", random_like(first, device), {"ckpt": "random"}))
-    for _, _, backbone, _ in runs:
+    if "random" not in groups:  # the floor: three networks
+        for _ in range(3):
+            runs.append({"group": "random", "ckpt": "random", "checkpoint": {"ckpt": "random"}})
+            backbones.append(random_like(backbones[0], device))
+    for backbone in backbones:
         check_size(image_size, backbone.patch_size)
     if images:
         data = own_images(images, image_size)
@@ -192,40 +202,42 @@ if __name__ == "__main__":
         dataset, data_dir = trained_on(config, about)
         data = choose_images(dataset, data_dir, image_size, n_images, seed, skip_bad_images)
 
-    folder = output_folder(config, first_path, dataset or "images")
-    report, mean_maps, panels = [], [], {}
-    for name, path, backbone, known in tqdm(runs, "attention", unit="run", disable=len(data.images) < 100):
+    folder = output_folder(config, runs[0]["ckpt"], dataset or "images")
+    mean_maps, panels = [], {}
+    bar = tqdm(runs, "attention", unit="run", disable=len(data.images) < 100)
+    for run, backbone in zip(bar, backbones, strict=True):
         maps, distance = attend(backbone, data.images, device, autocast)
-        figures = describe(maps, distance, data.masks)
-        report.append({"group": name, "ckpt": path, "checkpoint": known, **figures})
+        run.update(attention_figures(maps, distance, data.masks))
         mean_maps.append(maps.mean(1))
-        if name not in panels:  # the picture shows the first run of a group
-            panels[name] = panel(backbone, maps, data.images, device, autocast)
+        if run["group"] not in panels:  # the picture shows the first run of a group
+            panels[run["group"]] = panel(backbone, maps, data.images, device, autocast)
 
     if rank():
         sys.exit()  # rank 0 tests and reports
     names = list(panels)
-    group_of_run = torch.tensor([names.index(name) for name, *_ in runs])
-    seeds = [known.get("seed", -1 - i) for i, (*_, known) in enumerate(runs)]
-    seed_of_run = torch.tensor([seeds.index(number) for number in seeds])  # equal ones, not their values
+    group_of_run = torch.tensor([names.index(run["group"]) for run in runs])
+    seeds = [run["checkpoint"].get("seed", -1 - i) for i, run in enumerate(runs)]
+    seed_of_run = torch.tensor([seeds.index(number) for number in seeds])  # only their equality matters
     d = divergences(mean_maps)
     tests = compare_groups(d, names, group_of_run, seed_of_run)
 
-    result = {**config, "dataset": dataset, "image_size": image_size, "runs": report, "names": names}
+    result = {**config, "dataset": dataset, "image_size": image_size, "runs": runs, "names": names}
     result.update(group_of_run=group_of_run.tolist(), seed_of_run=seeds, tests=tests)
     result.update(divergence_bits=d.mean(0).tolist(), images=len(data.images))
     result.update(torch=torch.__version__, **git_state())
 
     print(f"\n{len(data.images)} images of {images or dataset}, {image_size} pixels, last block\n")
-    print_table(report, names)
-    print(f"\nuniform attention: {report[0]['entropy_uniform']:.2f} bits, mass / area 1 if there are masks")
-    answered = [test for i, test in enumerate(tests) if i == 0 or "p" in test]
-    for i, test in enumerate(answered):
-        if i < 2:
-            print("\nPairwise tests, not corrected for multiple comparisons:\n" if i else "")
-        print(sentence(test, [printed(name) for name in test["groups"]]))
+    print_table(runs, names)
+    print(f"\nuniform attention: {runs[0]['entropy_uniform']:.2f} bits, mass / area 1 if there are masks")
+    answers = [sentence(test, [printed(name) for name in test["groups"]]) for test in tests]
+    if answers:
+        print(f"\n{answers[0]}")
+    pairwise = [answers[i] for i, test in enumerate(tests) if i > 0 and "p" in test]
+    if pairwise:
+        print("\nPairwise tests, not corrected for multiple comparisons:\n")
+        print("\n".join(pairwise))
 
-    # last: a full disk must not cost us the table
+    # written last, so a full disk cannot lose the table
     write_file(folder / "attention.json", json.dumps(result, indent=1))
     write_file(folder / "attention.png", attention_picture(data.images[:rows], panels, data.masks))
     write_file(folder / "divergence.png", divergence_picture(d.mean(0), names, group_of_run, seed_of_run))

@@ -1,16 +1,15 @@
-"""How fast: images/s of the training scripts on this machine, the share of views, memory, and the limit.
+"""Speed: images/s of the training scripts on this machine, the share spent on views, memory, and the limit.
 
-Each row is a script on `shapes` with the defaults of larger data sets, ViT-Ti/4, and as many local views for
-all: 2 x 32 + 6 x 16 pixels (hybrid B 3 x 32). It runs in a process of its own, `warmup` steps and then
-`steps` that count.
+Each row is a script on `shapes` with the defaults for larger data sets, ViT-Ti/4, and equally many local
+views: 2 x 32 + 6 x 16 pixels (hybrid B 3 x 32), in its own process: `warmup`, then `steps` measured steps.
 
-    TFLOP/s = floating-point operations of a step's matrix products, attention's too / seconds of a step
-    of the limit = that / TFLOP/s of a large product in the same precision, the best of twenty
+    TFLOP/s = floating-point operations of a step's matrix products, including attention / seconds of a step
+    of the limit = that / TFLOP/s of a large matrix product in the same precision, the best of twenty
 
     python bench.py                                                          on a GPU
     python bench.py --batch_size=32 --warmup=2 --steps=3 --compile=False     on a CPU
-    python bench.py --scripts=hybrid_a --trace=True                          and where the time of a step goes
-    python bench.py --against=torchvision     views alone, beside a DataLoader with per-image transforms
+    python bench.py --scripts=hybrid_a --trace=True                          also what takes a step's time
+    python bench.py --against=torchvision     only views, compared with a DataLoader of per-image transforms
 """
 
 import json
@@ -32,26 +31,26 @@ from twins.keys import parse
 from twins.processes import precision, product_speed, setup
 from twins.settings import read_script
 
-scripts = "dino,barlow,hybrid_a,hybrid_b"  # which ones
-against = ""  # compare views alone with those of another library [|torchvision]
+scripts = "dino,barlow,hybrid_a,hybrid_b"  # training scripts to measure
+against = ""  # only compare the speed of views with another library's [|torchvision]
 out_dir = "out/bench"  # where bench.json and traces go
 device = "auto"  # cuda or cpu; auto: cuda if available
 dtype = "auto"  # of the networks; auto: bfloat16 where it is faster [float32|bfloat16]
-compile = True  # each script with torch.compile, too
+compile = True  # also measure each script with torch.compile
 batch_size = 1024  # images per step [2..]
 n_local = 6  # local views per image [0..]
 dim = 192  # width of the ViT [1..]
 depth = 12  # blocks [1..]
 heads = 3  # attention heads [1..]
-warmup = 10  # steps before those that count [2..]
-steps = 30  # steps that count [1..]
-trace = False  # profile three more steps: the costliest operations, and files for ui.perfetto.dev
+warmup = 10  # steps before the measured ones [2..]
+steps = 30  # measured steps [1..]
+trace = False  # profile three more steps: the most expensive operations, and files for ui.perfetto.dev
 
 COLUMNS = ("images/s", "ms a step", "in views", "peak GiB", "TFLOP/s", "of the limit", "first step after, s")
 
 
-def measure(script, options, trace_file):
-    """Runs a script in a process of its own; a Stopwatch's result, or None if it failed and said why."""
+def run_stopwatch(script, options, trace_file):
+    """Runs a script in its own process; returns a Stopwatch's result, None if the script failed."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         words = [f"--{name}={value}" for name, value in options.items()]
@@ -59,12 +58,12 @@ def measure(script, options, trace_file):
         environment = {**os.environ, "TQDM_DISABLE": "1"}
         code = subprocess.run([sys.executable, *map(str, command)], env=environment).returncode
         if code < 0:
-            print(f"error: killed by signal {-code}: if memory is short, lower --batch_size", file=sys.stderr)
+            print(f"error: killed by signal {-code}: lower --batch_size if memory is short", file=sys.stderr)
         return read_json(result) if result.exists() else None
 
 
 def table_row(row):
-    """What the table shows of a row: a string for each of COLUMNS."""
+    """A row's cells in the table: a string for each of COLUMNS."""
     memory = f"{row['peak_gib']:.2f}" if "peak_gib" in row else ""
     rate = row["flop"] / row["seconds"]
     times = [f"{batch_size / row['seconds']:.0f}", f"{1000 * row['seconds']:.1f}"]
@@ -73,42 +72,45 @@ def table_row(row):
 
 
 def time_scripts(report, device, options_of):
-    """Measures scripts {path: their options}, prints a table, writes bench.json; returns who failed."""
-    rows, failed, side = [], [], 8192 if device.type == "cuda" else 2048
+    """Measures scripts {path: options}, prints a table, writes bench.json; returns those that failed."""
+    rows, failed = [], []
+    side = 8192 if device.type == "cuda" else 2048
     limit = product_speed(device, getattr(torch, report["dtype"]), side)
     print(f"| script | {' | '.join(COLUMNS)} |\n|---|{'---:|' * len(COLUMNS)}", flush=True)
     for compiled in (False, True) if compile else (False,):
         for script, defaults in options_of.items():
-            title = script.stem + " compiled" * compiled
+            title = f"{script.stem} compiled" if compiled else script.stem
             options = {**defaults, "dataset": "shapes", "device": device, "dtype": report["dtype"]}
             options.update(compile=compiled, batch_size=batch_size, n_local=n_local)
             options.update(dim=dim, depth=depth, heads=heads, max_steps=10**6, eval_every=10**6)
             options.update(save_every=10**6, knn_bank=100, knn_queries=100)
             trace_file = Path(out_dir) / f"{title.replace(' ', '-')}.json.gz" if trace else ""
-            result = measure(script, options, trace_file)
+            result = run_stopwatch(script, options, trace_file)
             if result is None:
                 failed.append(title)
                 continue
-            if compiled:  # operations are those of the same script without it
+            if compiled:  # cannot be counted: as many as without torch.compile
                 result["flop"] = next((row["flop"] for row in rows if row["script"] == script.stem), 0)
             rows.append({"script": script.stem, "compiled": compiled, "limit": limit, **result})
             print(f"| {title} | {' | '.join(table_row(rows[-1]))} |", flush=True)
             write_file(Path(out_dir) / "bench.json", json.dumps({**report, "rows": rows}, indent=1))
     for row in rows if trace else []:
-        costly = [f"{name} {100 * share:.1f} %" for name, share in list(row["operations"].items())[:8]]
-        print(f"\n{row['script']}{' compiled' * row['compiled']}: {', '.join(costly)}")
+        title = f"{row['script']} compiled" if row["compiled"] else row["script"]
+        operations = [f"{name} {100 * share:.1f} %" for name, share in list(row["operations"].items())[:8]]
+        print(f"\n{title}: {', '.join(operations)}")
     if rows:
         print(f"\nwrote {out_dir}/bench.json")
     return failed
 
 
 class PerImage(torch.utils.data.Dataset):
-    """Views as most code makes them: PIL and torchvision, an image at a time. item -> a list of [3 v v]."""
+    """Views the usual way: PIL and torchvision, one image at a time. item -> a list of [3 v v]."""
 
     def __init__(self, images, crops):
         from torchvision.transforms import v2
 
-        self.images, self.views = images, []
+        self.images = images
+        self.views = []
         for crop in crops:
             bicubic = v2.InterpolationMode.BICUBIC
             steps = [v2.RandomResizedCrop(crop.size, crop.scale, interpolation=bicubic)]
@@ -128,7 +130,7 @@ class PerImage(torch.utils.data.Dataset):
 
 
 def time_views(report, device):
-    """Prints images/s of our views and of torchvision's, a DataLoader on all CPU cores; writes views.json."""
+    """Prints images/s of our views and of torchvision's in a DataLoader on all cores; writes views.json."""
     crops = [Crop(32, (0.4, 1.0)), Crop(32, (0.4, 1.0), solarize=0.2)] + [Crop(16, (0.1, 0.4))] * n_local
     images = load("shapes", "", 32).images
     images = images.repeat(-(-(warmup + steps) * batch_size // len(images)), 1, 1, 1)
@@ -151,7 +153,7 @@ def time_views(report, device):
         start = time.perf_counter()
         for _ in range(steps):
             views = next(batches)
-        views[0].sum().item()  # waits for it
+        views[0].sum().item()  # waits for the device
         speeds[name] = steps * batch_size / (time.perf_counter() - start)
         batches.close()
     print(f"| views | images/s |\n|---|---:|\n| ours, on {device} | {speeds['ours']:.0f} |")
@@ -164,7 +166,7 @@ if __name__ == "__main__":
     globals().update(given)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the child, too
     files = [ROOT / f"{name}.py" for name in scripts.split(",")]
-    options_of = {file: read_script(file, ()) for file in files}  # without the preset of shapes
+    options_of = {file: read_script(file, ()) for file in files}  # without the shapes preset
     device, _ = setup(device, dtype, 0)
     is_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if is_gpu else f"cpu, {torch.get_num_threads()} threads"

@@ -5,11 +5,11 @@ Protocols: `linear` on the last block's [CLS]; `linear4` on the last four blocks
 softmax regression on whitened features, fitted by L-BFGS to convergence (twins/probes.py).
 
 A tenth of the training images, stratified by class, selects `strength` and k. The selected probe is
-then trained on all of them, and the test set is looked at once. Images are not augmented: features are
-computed once. `--finetune=True` adds `finetune`: the backbone is trained as well (twins/finetune.py).
+then trained on all training images and evaluated once on the test set. Images are not augmented: features
+are computed once. `--finetune=True` adds `finetune`, which also trains the backbone (twins/finetune.py).
 
     python eval_linear.py --ckpt=out/hybrid_a-shapes             a run, an export/ folder, official weights
-    python eval_linear.py --ckpt=random --dataset=shapes         or random weights: the floor
+    python eval_linear.py --ckpt=random --dataset=shapes         random weights: the floor
 
 Letters in shapes:  b n images  s image side  d width of a feature
 """
@@ -19,54 +19,49 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data import Crop, draw, resized_crop
 from twins.backbones import configure_evaluation, load_backbone, output_folder, trained_on
 from twins.datasets import from_bytes, load, normalise
 from twins.errors import UserError
 from twins.files import git_state, sha256, write_file
-from twins.finetune import finetune as fine_tune
-from twins.probes import balanced, evaluate
-from twins.processes import gather, rank, setup, shard, to_float32
+from twins.finetune import Settings, fine_tune
+from twins.probes import balanced, evaluate_probes
+from twins.processes import map_shards, rank, setup, to_float32
 from vit import ViT, check_size
 
-ckpt = ""  # what to evaluate: a run's folder or ckpt.pt, an export folder, a file of weights, or random
+ckpt = ""  # to evaluate: a run's folder or ckpt.pt, an export folder, a file of weights, or random
 weights = ""  # a network of the checkpoint, such as student; empty: the one that its run evaluates
 dataset = ""  # shapes, cifar10, cifar100, imagenet32, stl10 or folder; empty: what the run was trained on
 data_dir = ""  # where its files are; empty: where the run found them
 skip_bad_images = False  # in a folder, skip files that cannot be read, up to 1 %
 out_dir = ""  # for eval_linear.json; empty: next to the checkpoint, out/random-<dataset> for random weights
-image_size = 0  # pixels; 0: what the backbone was trained with [0..]
+image_size = 0  # pixels; 0: as in training [0..]
 patch_size = 4  # pixels, for --ckpt=random [1..]
 dim = 192  # width, for --ckpt=random [1..]
 depth = 12  # blocks, for --ckpt=random [1..]
 heads = 0  # attention heads, for --ckpt=random (0: 3) and for weights that do not say (0: guessed) [0..]
-finetune = False  # train the backbone too, four times: one process, much slower than the probes
-finetune_epochs = 20  # passes over the training images, each time [1..]
+finetune = False  # also train the backbone, four times: in one process, much slower than the probes
+finetune_epochs = 20  # of each of these trainings [1..]
 label_fraction = 1.0  # fraction of the training labels to use, stratified by class [0..1]
 seed = 0  # for the random weights and the split [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "auto"  # of the backbone; auto: bfloat16 where it is faster [float32|bfloat16|float64]
 
-# as the training scripts have it, for --ckpt=random
+# for --ckpt=random, as in the training scripts
 PRESETS = {"shapes": {"dim": 64, "depth": 3, "heads": 2}, "stl10": {"image_size": 96, "patch_size": 8}}
 
 
-@torch.no_grad()
 def extract(backbone, images, device, autocast, what):
-    """Images uint8 [n 3 s s] -> {protocol: features [n d]}; torchrun's processes share the work.
+    """Images uint8 [n 3 s s] -> {protocol: features [n d]}. Raises UserError if they are not finite."""
 
-    Raises UserError for features that are not finite.
-    """
-    chunks = []
-    for chunk in tqdm(shard(images).split(500), f"features of {what}", unit="batch", delay=1):
-        with autocast:
-            layers = backbone.layers(normalise(from_bytes(chunk.to(device))), last=4)
+    def cls_and_mean_patch(batch):
+        layers = backbone.layers(normalise(from_bytes(batch.to(device))), last=4)
         layers = [to_float32(layer) for layer in layers]
         mean_patch = layers[-1][:, backbone.num_prefix_tokens :].mean(1)
-        chunks.append(torch.stack([*(layer[:, 0] for layer in layers), mean_patch], dim=1))
-    x = gather(torch.cat(chunks))  # [n l d]: [CLS] of the last blocks, the mean patch
+        return torch.stack([*(layer[:, 0] for layer in layers), mean_patch], dim=1)
+
+    x = map_shards(cls_and_mean_patch, images, autocast, f"features of {what}")  # [n 5 d]
     if not x.isfinite().all():
         raise UserError("the features are not finite: the run has diverged")
     return {"linear": x[:, -2], "linear4": x[:, :-1].flatten(1), "linear_avg": x[:, -2:].flatten(1)}
@@ -75,18 +70,19 @@ def extract(backbone, images, device, autocast, what):
 def augment(images, rng):
     """uint8 [b 3 s s] -> normalised random crops, half of them mirrored [b 3 s s]."""
     side = images.shape[-1]
-    drawn = draw(len(images), side, Crop(side, (0.35, 1.0)), rng)
-    box = [drawn[name].to(images.device) for name in ("left", "top", "width", "height", "flip")]
+    crops = draw(len(images), side, Crop(side, (0.35, 1.0)), rng)
+    box = [crops[name].to(images.device) for name in ("left", "top", "width", "height", "flip")]
     return normalise(resized_crop(from_bytes(images), *box, side).clamp_(0, 1))
 
 
 def load_labelled(dataset, data_dir, image_size):
-    """The training split, of which --label_fraction is kept, and the test split. Raises UserError."""
+    """The training split, reduced to --label_fraction, and the test split. Raises UserError."""
     train, test = (load(dataset, data_dir, image_size, split, skip_bad_images) for split in ("train", "test"))
     for name, data in (("training", train), ("test", test)):
         if data.labels is None:
             raise UserError(f"the {name} images of {data_dir} are not in class folders: a probe needs labels")
-    classes, test_classes = len(train.classes), int(test.labels.max()) + 1
+    classes = len(train.classes)
+    test_classes = int(test.labels.max()) + 1
     if test_classes > classes:
         raise UserError(f"the test set of {data_dir} has {test_classes} classes, the training set {classes}")
     rows = (train.labels >= 0).nonzero()[:, 0]
@@ -102,9 +98,10 @@ def table(results):
     lines = ["| protocol | selected | held out | top-1 [95 % interval] | top-5 |", "|---|---|---:|---:|---:|"]
     for name, result in results.items():
         selected = result["selected"]
-        option, value = next(iter(selected.items()))
+        option = next(option for option in ("strength", "k", "lr") if option in selected)
         shares = (selected["held_out"], result["top1"], *result["interval95"], result["top5"])
         held_out, top1, low, high, top5 = (f"{100 * share:.1f}" for share in shares)
+        value = selected[option]
         lines.append(f"| {name} | {option} {value:g} | {held_out} | {top1} [{low}, {high}] | {top5} |")
     return lines
 
@@ -113,7 +110,7 @@ if __name__ == "__main__":
     config = configure_evaluation(globals())
     device, autocast = setup(device, dtype, seed)
     backbone, about = load_backbone(config, device, ViT)
-    digest = sha256(Path(ckpt).read_bytes()) if Path(ckpt).is_file() else ""  # a run may save meanwhile
+    digest = sha256(Path(ckpt).read_bytes()) if Path(ckpt).is_file() else ""  # now: a run may save meanwhile
     dataset, data_dir = trained_on(config, about)
     image_size = image_size or about["image_size"]
     check_size(image_size, backbone.patch_size)
@@ -124,11 +121,13 @@ if __name__ == "__main__":
     if rank():
         sys.exit()  # rank 0 alone trains the probes
     labels, test_labels = train.labels.to(device), test.labels.to(device)
-    results = evaluate(features, labels, test_features, test_labels, len(train.classes), seed)
+    classes = len(train.classes)
+    results = evaluate_probes(features, labels, test_features, test_labels, classes, seed)
     if finetune:
-        split = train.images, labels, test.images, test_labels
-        settings = augment, results["linear"]["selected"]["strength"], len(train.classes), finetune_epochs
-        results["finetune"] = fine_tune(backbone, *split, seed, autocast, *settings)
+        settings = Settings(augment, results["linear"]["selected"]["strength"], classes, finetune_epochs)
+        results["finetune"] = fine_tune(
+            backbone, train.images, labels, test.images, test_labels, seed, autocast, settings
+        )
 
     report = {**config, "dataset": dataset, "data_dir": str(data_dir), "image_size": image_size}
     report.update(training_images=len(labels), test_images=len(test_labels))
@@ -139,9 +138,9 @@ if __name__ == "__main__":
     network = about.get("network", "random weights")
     print(f"\n{ckpt} ({network}) on {dataset}: {len(labels)} training, {len(test_labels)} test images\n")
     print("\n".join(table(results)))
-    if len(train.classes) == 1:
-        print("\nwarning: there is a single class, so every answer is right")
+    if classes == 1:
+        print("\nwarning: there is a single class, so every prediction is correct")
     elif len(test_labels) < 100:
         print(f"\nwarning: {len(test_labels)} test images are too few to compare networks: see the intervals")
-    write_file(file, json.dumps(report, indent=1))  # last: a full disk must not cost us the table
+    write_file(file, json.dumps(report, indent=1))  # written last, so a full disk cannot lose the table
     print(f"\nwrote {file}")

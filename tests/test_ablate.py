@@ -79,7 +79,7 @@ def test_every_mechanism_can_be_toggled_twice(script):
     )
     assert list(some) == ["full", "EMA schedule off", "multi-crop off", "all off"]
     assert all(settings[label] == setting for label, setting in some.items())  # so rows fit in either study
-    with pytest.raises(UserError, match="ema is no mechanism: choose from centering, sharpening"):
+    with pytest.raises(UserError, match="ema is not a mechanism: choose from centering, sharpening"):
         removals(ablate.MECHANISMS, {}, options, "ema")
     fork = {name: value for name, value in options.items() if name not in ("head_bn", "center_momentum")}
     assert len(removals(ablate.MECHANISMS, {}, fork)) == len(settings) - 1  # without a mechanism

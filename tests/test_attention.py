@@ -15,7 +15,7 @@ from PIL import Image
 from attn_viz import own_images, print_table, read_groups, warn_of_mixed_groups
 from conftest import ROOT
 from test_run import refused
-from twins.attention import attend, describe, divergence, divergences, jaccard, keep_mass
+from twins.attention import attend, attention_figures, divergence, divergences, jaccard, keep_mass
 from twins.datasets import normalise
 from twins.errors import UserError
 from twins.keys import Option, convert
@@ -112,19 +112,15 @@ def test_figures_of_a_map_made_by_hand():
     maps[0, 1] = 0.25
     masks[0, :, :1] = 1  # the left half of the left patches
     masks[0, 2:, 2:] = -1  # one patch does not count
-    figures = describe(maps, torch.tensor([1.0, 2.0]), masks)
+    figures = attention_figures(maps, torch.tensor([1.0, 2.0]), masks)
     assert figures["entropy_bits"] == [0, 2] and figures["entropy_uniform"] == 2
-    assert figures["mass_in_mask"] == pytest.approx([0.5, 1 / 3]) and figures[
-        "area_of_mask"
-    ] == pytest.approx(1 / 3)
+    assert figures["mass_in_mask"] == pytest.approx([0.5, 1 / 3])
+    assert figures["area_of_mask"] == pytest.approx(1 / 3)
     assert figures["mass_over_area"] == pytest.approx([1.5, 1])  # uniform attention: 1
     assert figures["entropy_mean_map"] == pytest.approx(-0.625 * math.log2(0.625) - 0.375 * math.log2(0.125))
-    assert figures["head_diversity_bits"] == pytest.approx(
-        divergence(maps[0, 0].flatten(), maps[0, 1].flatten()).item()
-    )
-    assert figures["jaccard_60"]["best_head"] == pytest.approx(
-        1 / 3
-    )  # the patch of 4 pixels, 2 of the mask's 4: 2 / 6
+    diversity = divergence(maps[0, 0].flatten(), maps[0, 1].flatten()).item()
+    assert figures["head_diversity_bits"] == pytest.approx(diversity)
+    assert figures["jaccard_60"]["best_head"] == pytest.approx(2 / 6)  # patch of 4, mask of 4, 2 shared
 
 
 def test_jaccard_is_not_told_where_attention_is_nearly_uniform(capsys):
@@ -133,10 +129,9 @@ def test_jaccard_is_not_told_where_attention_is_nearly_uniform(capsys):
     flat, peaked = torch.full((2, 1, 4, 4), 1 / 16), torch.full((2, 1, 4, 4), 0.01)
     flat[:, :, 0, 0] += 0.001
     peaked[:, :, 0, 0] += 0.84
-    report = [
-        {"group": name, **describe(maps, torch.zeros(1), masks)}
-        for name, maps in (("f", flat), ("p", peaked))
-    ]
+    report = []
+    for name, maps in (("f", flat), ("p", peaked)):
+        report.append({"group": name, **attention_figures(maps, torch.zeros(1), masks)})
     assert report[0]["jaccard_60"] is None and report[1]["jaccard_60"]["mean_map"] > 0
     print_table(report, ["f", "p"])
     rows = capsys.readouterr().out.splitlines()
@@ -185,7 +180,7 @@ def test_groups_of_checkpoints(tmp_path):
 )
 def test_a_group_of_another_methods_runs_is_said(group, scripts, warned, capsys):
     known = [{"script": script} if script else {} for script in scripts]
-    warn_of_mixed_groups([(group, "path", None, about) for about in known])
+    warn_of_mixed_groups([{"group": group, "checkpoint": about} for about in known])
     assert (f"the group {group} holds runs of" in capsys.readouterr().out) == warned
 
 

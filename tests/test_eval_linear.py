@@ -17,15 +17,7 @@ from eval_linear import extract
 from test_run import refused
 from twins.backbones import load_backbone
 from twins.datasets import load
-from twins.probes import (
-    balanced,
-    evaluate,
-    fit,
-    linear_probe,
-    nearest_neighbours,
-    predict,
-    whitening,
-)
+from twins.probes import balanced, evaluate_probes, fit, linear_probe, logits, nearest_neighbours, whitening
 from twins.stats import wilson_interval
 from vit import ViT
 
@@ -67,7 +59,7 @@ def test_the_optimum_is_scikit_learns(random_features, strength):
     train, y, test, _ = random_features
     mean, matrix, scale = whitening(train["linear"])
     x, test_x = ((features["linear"] - mean) @ matrix for features in (train, test))
-    ours = predict(test_x, fit(x, y, strength * scale, (torch.zeros(48, 10), torch.zeros(10)))).softmax(1)
+    ours = logits(test_x, fit(x, y, strength * scale, (torch.zeros(48, 10), torch.zeros(10)))).softmax(1)
     theirs = sklearn.LogisticRegression(C=1 / (len(x) * strength), tol=1e-6, max_iter=1000)
     x, test_x = (features / scale.T.sqrt() for features in (x, test_x))  # half-way whitened
     theirs = theirs.fit(x.numpy(), y.numpy()).predict_proba(test_x.numpy())
@@ -106,7 +98,7 @@ def planted(n, seed, distance=1.0):
 
 def test_planted_features_give_theorys_accuracy():
     (train, y), (test, test_y) = planted(8000, 0), planted(20_000, 1)
-    result = evaluate(train, y, test, test_y, 2)
+    result = evaluate_probes(train, y, test, test_y, 2)
     theory = 0.5 * (1 + math.erf(1 / 2**0.5))
     assert result["linear"]["top1"] == pytest.approx(theory, abs=0.01)
     assert theory - 0.02 < result["knn"]["top1"] < theory + 0.01  # 200 neighbours are not quite Bayes
@@ -119,14 +111,14 @@ def test_permuted_labels_give_chance():
     (train, _), (test, _) = planted(4000, 0), planted(5000, 1)
     g = torch.Generator().manual_seed(2)
     y, test_y = (torch.randint(10, (n,), generator=g) for n in (4000, 5000))
-    for result in evaluate(train, y, test, test_y, 10).values():
+    for result in evaluate_probes(train, y, test, test_y, 10).values():
         assert result["top1"] == pytest.approx(0.1, abs=0.015)
         assert result["top5"] == pytest.approx(0.5, abs=0.03)
 
 
 def test_test_labels_select_nothing():
     (train, y), (test, test_y) = planted(1000, 0), planted(1000, 1)
-    one, other = (evaluate(train, y, test, labels, 2) for labels in (test_y, 1 - test_y))
+    one, other = (evaluate_probes(train, y, test, labels, 2) for labels in (test_y, 1 - test_y))
     for name in ("linear", "knn"):
         assert one[name]["selected"] == other[name]["selected"]
         assert one[name]["grid"] == other[name]["grid"]

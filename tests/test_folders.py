@@ -381,7 +381,7 @@ def test_a_nan_and_dark_16_bit_colours_are_refused(tmp_path):
         write(path, np.full((4, 4, 3), 65000, np.uint16))
         assert decoding.decode(path, 4).min() > 250
         write(path, np.full((4, 4, 3), 4000, np.uint16))
-        with pytest.raises(ValueError, match="colours have 16 bits, of which 12"):
+        with pytest.raises(ValueError, match="colours have 16 bits but use 12"):
             decoding.decode(path, 4)
 
 
@@ -394,7 +394,7 @@ def test_deep_pixels_are_said_once(tmp_path, capsys):
     for i in range(3):
         Image.fromarray((4095 * RAMP).astype(np.uint16)).save(tmp_path / f"{i}.png")
     load(tmp_path)
-    assert capsys.readouterr().out.count("more than 8 bits a pixel are scaled") == 1
+    assert capsys.readouterr().out.count("more than 8 bits per pixel are scaled") == 1
 
 
 # ---------------------------------------------------------------------------------------------------- 5:
@@ -471,7 +471,7 @@ def test_a_palette_of_white_background_is_refused(tmp_path):
     image = Image.fromarray(np.uint8(DISK)).convert("P")
     image.putpalette([255, 255, 255, 0, 0, 0])
     image.save(tmp_path / "train/masks/0.png")
-    with pytest.raises(UserError, match="white for class 0 and black for class 1, save it in grey"):
+    with pytest.raises(UserError, match="white for class 0 and black for class 1: save it in grey"):
         load_masks("folder", tmp_path, 8)
 
 
@@ -490,7 +490,7 @@ def test_masks_are_found_in_splits_of_other_names(tmp_path):
 @pytest.mark.parametrize("value", [30000, -7, 10**8])
 def test_a_class_that_cannot_be_is_a_sentence(value, tmp_path):
     mask = np.full((40, 40), value, np.int32)
-    with pytest.raises(UserError, match=f"it has a class {value}, 1000 is the largest"):
+    with pytest.raises(UserError, match=f"it has class {value}, 1000 is the largest"):
         load_masks("folder", masked(tmp_path, mask, "tif"), 8)
 
 
@@ -510,7 +510,7 @@ def test_large_images_of_16_bits_and_masks_take_little_memory(tmp_path):
 
 @pytest.mark.parametrize("value", [0.9, np.nan])
 def test_a_mask_of_fractions_is_a_sentence(value, tmp_path):
-    with pytest.raises(UserError, match="it holds fractions, a mask has whole numbers"):
+    with pytest.raises(UserError, match="it holds fractions, but a mask has whole numbers"):
         load_masks("folder", masked(tmp_path, np.full((40, 40), value, np.float32), "tif"), 8)
 
 
@@ -524,7 +524,7 @@ def test_voc_is_found_wherever_data_dir_points(place, tmp_path):
             (home / path / "train.txt").write_text(content)
     Image.fromarray(np.uint8(15 * DISK)).save(home / "SegmentationClass/0.png")
     assert load_masks("voc2012", tmp_path / place, 40).masks.max() == 15
-    with pytest.raises(UserError, match=r"val.txt, the list of images, is absent or empty"):
+    with pytest.raises(UserError, match=r"val.txt, the list of images, is missing or empty"):
         load_masks("voc2012", tmp_path / place, 40, "test")
 
 

@@ -194,7 +194,7 @@ def test_a_network_that_does_not_fit_its_run_is_refused_before_it_takes_memory(t
 
 @pytest.mark.parametrize(
     "state, words",
-    [({"step": 1}, "has that name for itself"), ({"ema_loss": 0.5}, "is a float, not a tensor")],
+    [({"step": 1}, "the name is reserved"), ({"ema_loss": 0.5}, "is a float: it must be a tensor")],
 )
 def test_a_state_that_could_not_be_restored_is_refused(start_run, state, words):
     layer = torch.nn.Linear(2, 2)

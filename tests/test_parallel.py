@@ -202,7 +202,7 @@ def test_evaluation_shares_the_images(script, tmp_path, monkeypatch):
         "attn_viz": lambda: attention.attend(vit, images, cpu, off)[0],
         "seg_transfer": lambda: seg_transfer.cached_tokens(vit, images, cpu, off, ""),
     }[script]
-    module = attention if script == "attn_viz" else sys.modules[script]
+    module = attention if script == "attn_viz" else processes
     whole, parts = look(), []
     monkeypatch.setattr(processes, "world", lambda: 3)
     monkeypatch.setattr(module, "gather", lambda x: x)

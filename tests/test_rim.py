@@ -86,7 +86,8 @@ def test_a_backend_that_is_not_installed_is_not_imported(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     pictures.load_matplotlib.cache_clear()
-    assert pictures.new_figure(1, 1) and os.environ["MPLBACKEND"] == ENVIRONMENT["MPLBACKEND"]
+    figure = pictures.load_matplotlib().figure.Figure()
+    assert pictures.png(figure) and os.environ["MPLBACKEND"] == ENVIRONMENT["MPLBACKEND"]
     pictures.load_matplotlib.cache_clear()
 
 

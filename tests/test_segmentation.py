@@ -47,7 +47,7 @@ def test_perfect_and_wholly_wrong_predictions():
     assert (perfect["miou"], perfect["pixel_accuracy"]) == (1, 1) and perfect["iou"][3:] == [None] * 4
     wrong = score((truth.clamp(min=0) + 1) % 3, truth, 3)
     assert wrong["miou"] == wrong["pixel_accuracy"] == 0
-    with pytest.raises(UserError, match="nothing that counts"):
+    with pytest.raises(UserError, match="every pixel as ignored"):
         score(truth, torch.full_like(truth, -1), 3)
 
 
@@ -80,8 +80,8 @@ def planted():
 
 def measure(features, masks, test_masks, monkeypatch):
     monkeypatch.setattr(seg_transfer, "max_steps", 60)
-    task = (lambda: Head(6, 3, 8)), seg_transfer.LEARNING_RATES, features[:40], features[40:]
-    return seg_transfer.select_and_measure(*task, masks, test_masks, 3, CPU, FLOAT32, "planted")
+    task = seg_transfer.Task(lambda: Head(6, 3, 8), seg_transfer.LEARNING_RATES, features[:40], features[40:])
+    return seg_transfer.select_and_measure(task, masks, test_masks, 3, CPU, FLOAT32, "planted")
 
 
 def test_a_head_learns_what_is_planted_and_nothing_from_permuted_masks(planted, monkeypatch):
@@ -188,7 +188,7 @@ def test_masks_that_cannot_be_are_named(photographs):
     with pytest.raises(UserError, match=r"0.png cannot be read as a mask"):
         load_masks("folder", root, 32)
     save(root / "train" / "masks" / "0.png", np.zeros((30, 70)))
-    with pytest.raises(UserError, match=r"0.png is 70 x 30 pixels, its image 60 x 40"):
+    with pytest.raises(UserError, match=r"0.png is 70 x 30 pixels, but its image 60 x 40"):
         load_masks("folder", root, 32)
     Image.fromarray(np.full((40, 60), 40_000, np.uint16)).save(root / "train" / "masks" / "0.png")
     with pytest.raises(UserError, match=r"0.png cannot be read as a mask .*class 40000, 1000 is the largest"):
@@ -198,7 +198,7 @@ def test_masks_that_cannot_be_are_named(photographs):
     with pytest.raises(UserError, match=r"hold no object, only background"):
         load_masks("folder", root, 32)
     (root / "train" / "masks" / "0.png").unlink()
-    with pytest.raises(UserError, match=r"0.jpg has no mask: .*0.png is not there"):
+    with pytest.raises(UserError, match=r"0.jpg has no mask: .*0.png is missing"):
         load_masks("folder", root, 32)
 
 
@@ -234,7 +234,7 @@ def test_finetuning_trains_the_backbone_and_leaves_the_original(monkeypatch):
     before = {k: v.clone() for k, v in vit.state_dict().items()}
     bar = seg_transfer.tqdm(disable=True)
     make = lambda: seg_transfer.Finetuned(vit, lambda: Head(12, 2, 8))
-    model = seg_transfer.train(make, images, random_masks(6, 8, 8, high=2), 0.01, CPU, FLOAT32, bar)
+    model = seg_transfer.train_model(make, images, random_masks(6, 8, 8, high=2), 0.01, CPU, FLOAT32, bar)
     assert all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())
     changed = [k for k, v in model.backbone.state_dict().items() if not torch.equal(v, before[k])]
     assert len(changed) > len(before) - 3

@@ -20,7 +20,7 @@ from eval_linear import augment
 from test_eval_linear import photographs
 from twins.backbones import load_backbone
 from twins.errors import UserError
-from twins.probes import fit, predict, whitening
+from twins.probes import fit, logits, whitening
 from twins.weights import build, guess_heads
 from vit import ViT
 
@@ -216,8 +216,8 @@ def test_keys_in_the_way_are_named(model, tmp_path):
     refused(
         {**state, "pos_embed": torch.zeros(1, 16 + 3, 128)}, "pos_embed [1, 19, 128] is not a square grid"
     )
-    refused({"model": state, "model.cls_token": state["cls_token"]}, "two tensors model.cls_token")
-    refused({**state, "module.cls_token": state["cls_token"]}, "two tensors cls_token")
+    refused({"model": state, "model.cls_token": state["cls_token"]}, "two tensors named model.cls_token")
+    refused({**state, "module.cls_token": state["cls_token"]}, "two tensors named cls_token")
     more = {f"decoder_blocks.{i}.weight": torch.zeros(2) for i in range(9)}
     refused({**state, **more}, "decoder_blocks.4.weight")
     name = "blocks.1.attn.proj.weight"
@@ -229,7 +229,7 @@ def test_keys_in_the_way_are_named(model, tmp_path):
     refused({**state, name: (state[name] * math.nan).to(torch.float8_e5m2)}, f"{name} holds NaN or inf")
     endless = {"cls_token": state["cls_token"]}
     endless["itself"] = endless
-    refused(endless, "holds a dict that holds itself")
+    refused(endless, "holds a dict that contains itself")
     with pytest.raises(UserError, match=r"weights.pth: .*(division|modulo)"):
         build(ViT, state, {"image_size": 32, "patch_size": 0, "dim": 128, "heads": 2}, file)
     refused({**state, "cls_token": torch.tensor(1.0)}, "key names: cls_token is []")
@@ -379,25 +379,25 @@ def test_learning_rates_decay_by_block():
     )
 
 
-def test_held_out_images_select_and_the_test_set_is_looked_at_once(monkeypatch):
+def test_held_out_images_select_and_the_test_set_is_evaluated_once(monkeypatch):
     """A stand-in whose second epoch at a learning rate of 0.0003 is perfect on any image."""
     labels = torch.arange(200) % 2
     images, test_images = torch.arange(200)[:, None], torch.arange(1000, 1020)[:, None]
     trained, tested = [], []
 
-    def train(backbone, images, labels, lr, *settings):
+    def train_epochs(backbone, images, labels, lr, *settings):
         trained.append((lr, set(images[:, 0].tolist())))
         for epoch in (1, 2, 3):
             yield lr, epoch
 
-    def predict(model, images, device, autocast):
+    def predict_scores(model, images, device, autocast):
         tested.append((model, set(images[:, 0].tolist())))
         perfect = torch.eye(2)[images[:, 0] % 2]
         return perfect if model == (3e-4, 2) else 1 - perfect
 
-    monkeypatch.setattr(finetuning, "train", train)
-    monkeypatch.setattr(finetuning, "predict", predict)
-    result = finetuning.finetune(None, images, labels, test_images, labels[:20], 0, FLOAT32, 1e-2, 2, 3)
+    monkeypatch.setattr(finetuning, "train_epochs", train_epochs)
+    monkeypatch.setattr(finetuning, "predict_scores", predict_scores)
+    result = finetuning.fine_tune(None, images, labels, test_images, labels[:20], 0, FLOAT32, None)
     assert result["selected"] == {"lr": 3e-4, "epoch": 2, "held_out": 1} and len(result["grid"]) == 9
     assert result["top1"] == 1 and result["interval95"][0] == pytest.approx(0.839, abs=1e-3)
     *selecting, (model, last) = tested
@@ -411,28 +411,27 @@ def test_the_backbone_learns_and_the_one_given_stays(monkeypatch):
     """Striped images and dark ones. Drop path is off, the first step starts at the linear probe."""
     monkeypatch.setattr(finetuning, "LEARNING_RATES", (3e-3,))
     g = torch.Generator().manual_seed(0)
-    images, labels = (
-        torch.randint(0, 60, (300, 3, 8, 8), generator=g, dtype=torch.uint8),
-        torch.arange(300) % 2,
-    )
+    images = torch.randint(0, 60, (300, 3, 8, 8), generator=g, dtype=torch.uint8)
+    labels = torch.arange(300) % 2
     images[labels == 1, :, :, ::2] += 190  # stripes
     torch.manual_seed(0)
     backbone = ViT(8, 4, 16, 2, 2, drop_path=0.9).requires_grad_(False)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    settings = augment, 1e-2, 2, 3  # strength, classes, epochs
-    result = finetuning.finetune(backbone, images, labels, images[:100], labels[:100], 0, FLOAT32, *settings)
+    settings = finetuning.Settings(augment, strength=1e-2, classes=2, epochs=3)
+    result = finetuning.fine_tune(backbone, images, labels, images[:100], labels[:100], 0, FLOAT32, settings)
     assert result["top1"] > 0.95
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
-    *_, model = finetuning.train(backbone, images, labels, 1e-3, 0, FLOAT32, augment, 1e-2, 2, 1)
+    settings = settings._replace(epochs=1)
+    *_, model = finetuning.train_epochs(backbone, images, labels, 1e-3, 0, FLOAT32, settings)
     moved = [not torch.equal(value, before[name]) for name, value in model[0].state_dict().items()]
     assert all(moved) and not model[0].training
-    *_, model = finetuning.train(backbone, images, labels, 0.0, 0, FLOAT32, augment, 1e-2, 2, 1)
-    scores = finetuning.predict(model, images, "cpu", FLOAT32)
-    x = finetuning.predict(backbone.eval(), images, "cpu", FLOAT32)
+    *_, model = finetuning.train_epochs(backbone, images, labels, 0.0, 0, FLOAT32, settings)
+    scores = finetuning.predict_scores(model, images, "cpu", FLOAT32)
+    x = finetuning.predict_scores(backbone.eval(), images, "cpu", FLOAT32)
     mean, matrix, scale = whitening(x)
     x = (x - mean) @ matrix
     probe = fit(x, labels, 1e-2 * scale, (torch.zeros(16, 2), torch.zeros(2)))
-    assert torch.allclose(scores, predict(x, probe), atol=1e-3)
+    assert torch.allclose(scores, logits(x, probe), atol=1e-3)
 
 
 def test_finetune_is_a_row_of_the_table(command, tmp_path):

@@ -11,6 +11,7 @@ from twins.sentences import (
     compare_collapse,
     compare_models,
     compare_trials,
+    count_seeds,
     list_removals,
     main_measure,
     split_titles,
@@ -24,7 +25,7 @@ UNTRAINED = "Not answered yet: the best settings of the search have not been tra
 
 
 def fill_pages():
-    """Makes the figures in README.md and in results/README.md again, from what results/ holds."""
+    """Updates the generated text of README.md and results/README.md from what results/ holds."""
     results = ROOT / "results"
     fill(ROOT / "README.md", lambda part, name: answer(results, name)[part])
     fill(results / "README.md", lambda _, name: table_of(results / name))
@@ -40,14 +41,19 @@ def answer(results, dataset):
         return dict.fromkeys(("answer", "results"), UNTRAINED)
     removals = best_removals(results, dataset)
     hybrids = {title: removals[title] for title in split_titles(removals)[0]}
-    rule = f"Change in {METRIC} (points) without each; it can go if its uncorrected 95 % interval lies "
-    rule += "above -2. "
-    random_settings = f" {compare_trials(search)}" if all(split_titles(search)) else ""
+    features = compare_models(models, main_measure(models))
+    if all(split_titles(search)):
+        features += f" {compare_trials(search)}"
+    mechanisms = list_removals(hybrids)
+    if hybrids:
+        rule = f"Change in {METRIC} (points) without each; it can go if its uncorrected 95 % interval lies"
+        mechanisms = f"{rule} above -2. {mechanisms}"
     first = {
-        "Does CC give better features?": compare_models(models, main_measure(models)) + random_settings,
-        "Which of DINO's mechanisms become unnecessary?": rule * bool(hybrids) + list_removals(hybrids),
+        "Does CC give better features?": features,
+        "Which of DINO's mechanisms become unnecessary?": mechanisms,
     }
-    others, elsewhere = {}, same_settings(results, dataset)
+    others = {}
+    elsewhere = same_settings(results, dataset)
     if "DINO" in removals:
         others["Can DINO do without them, too?"] = list_removals({"DINO": removals["DINO"]})
     for name, (groups, source) in elsewhere.items():
@@ -57,10 +63,10 @@ def answer(results, dataset):
     if any("mIoU" in measures(row) for rows in models.values() for row in rows):
         others["Is segmentation better?"] = compare_models(models, "mIoU")
     attention = {name: read_attention(results / f"models-{name}") for name in (dataset, *elsewhere)}
-    found = [f"{printed(name)}: {compare_attention(test)}" for name, test in attention.items() if test]
-    if found:
-        found.append("(Jensen-Shannon divergence, permutation tests over runs.)")
-        others["Do attention maps differ?"] = " ".join(found)
+    sentences = [f"{printed(name)}: {compare_attention(test)}" for name, test in attention.items() if test]
+    if sentences:
+        sentences.append("(Jensen-Shannon divergence, permutation tests over runs.)")
+        others["Do attention maps differ?"] = " ".join(sentences)
     floor = random_weights(results / f"models-{dataset}")
     picture = f'src="results/models-{dataset}/cost.png" alt="k-NN against PFLOP, {printed(dataset)}"'
     picture = f'<img align="right" width="330" {picture}>'
@@ -82,32 +88,29 @@ def folders_of(results, study, dataset):
 
 def best_removals(results, dataset):
     """{method: its rows}, of each method the removal study with the most rows, then the largest budget."""
-    found = {}
+    studies_of = {}
     for folder in folders_of(results, "removal", dataset):
         for title, rows in group_rows(read_rows(folder)).items():
-            found.setdefault(title, []).append(rows)
+            studies_of.setdefault(title, []).append(rows)
     size = lambda rows: (len(rows), rows[0]["budget"])
-    return {title: max(studies, key=size) for title, studies in found.items()}
+    return {title: max(studies, key=size) for title, studies in studies_of.items()}
 
 
 def same_settings(results, dataset):
-    """{other data set: (its models study's rows, the study of `dataset` whose settings it has)}: untuned.
-
-    The study is models-OTHER, not an earlier one, models-OTHER-round2.
-    """
+    """{other data set: (rows of its models study, the study of `dataset` with these settings)}: untuned."""
 
     def settings(groups):
         return {title: rows[0]["setting"] for title, rows in groups.items()}
 
     tuned = {own: settings(group_rows(read_rows(own))) for own in folders_of(results, "models", dataset)}
-    found = {}
-    newest = {folder for folder in results.glob("models-*") if folder.name.count("-") == 1}
-    for folder in sorted(newest - tuned.keys()):
+    matches = {}
+    last_rounds = {folder for folder in results.glob("models-*") if folder.name.count("-") == 1}
+    for folder in sorted(last_rounds - tuned.keys()):
         groups = group_rows(read_rows(folder))
         same = [own.name for own, its_settings in tuned.items() if its_settings == settings(groups)]
         if groups and same:
-            found[folder.name.removeprefix("models-")] = groups, same[0]
-    return found
+            matches[folder.name.removeprefix("models-")] = groups, same[0]
+    return matches
 
 
 def wrap(text, indent=""):
@@ -117,40 +120,42 @@ def wrap(text, indent=""):
 
 def legend(models, dataset):
     """What the numbers of the models study mean."""
-    n, budget = min(map(len, models.values())), next(iter(models.values()))[0]["budget"]
-    minutes = [row["seconds"] / 60 for rows in models.values() for row in rows]
-    not_as_drawn = variants(models)
-    drawn = f" ({not_as_drawn})" * bool(not_as_drawn)
+    rows = [row for group in models.values() for row in group]
+    minutes = [row["seconds"] / 60 for row in rows]
+    seeds = count_seeds(min(map(len, models.values())))
+    differences = variants(models)
+    setting = f"the best setting found ({differences})" if differences else "the best setting found"
     return wrap(
-        f"{printed(dataset)}, {n} seed{'s' * (n > 1)}, each method with the best setting found{drawn}, "
-        f"{budget:g} PFLOP ({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard "
-        "deviation in %; differences in points, paired by seed, with Student's 95 % interval. Figure: k-NN "
-        "on held-out training images."
+        f"{printed(dataset)}, {seeds}, each method with {setting}, {rows[0]['budget']:g} PFLOP "
+        f"({min(minutes):.0f} to {max(minutes):.0f} minutes) a run: mean ± standard deviation in %; "
+        "differences in points, paired by seed, with Student's 95 % interval. Figure: k-NN on held-out "
+        "training images."
     )
 
 
 def random_weights(folder):
     """{measure: accuracy} of random weights: eval_linear.json and seg_transfer.json in a study's folder."""
-    found = {}
+    accuracies = {}
     if (file := folder / "eval_linear.json").exists():
         for name, result in read_json(file)["results"].items():
-            found[f"test {name}".replace("knn", "k-NN")] = result["top1"]
+            accuracies[f"test {name}".replace("knn", "k-NN")] = result["top1"]
     if (file := folder / "seg_transfer.json").exists():
-        found["mIoU"] = read_json(file)["results"]["this checkpoint"]["miou"]
-    return found
+        accuracies["mIoU"] = read_json(file)["results"]["this checkpoint"]["miou"]
+    return accuracies
 
 
 def overview(search, models, floor):
     """One row per method: its best setting on the test set, and its random settings; random weights last."""
-    measured = [measures(row) for rows in models.values() for row in rows]
-    main, singles = main_measure(models), split_titles(models)[1]
-    others = [name for name in ("test linear", "mIoU") if any(name in row for row in measured)]
+    results = [measures(row) for rows in models.values() for row in rows]
+    main = main_measure(models)
+    _, singles = split_titles(models)
+    others = [name for name in ("test linear", "mIoU") if any(name in result for result in results)]
     columns = [main, *(f"vs {single}" for single in singles), *others]
     lines = []
     for title, runs in models.items():
         trials = search.get(title, [])
         pairs = [[] if title == single else paired(runs, models[single], main) for single in singles]
-        texts = ["{} [{}]".format(*points(found)) if found else "" for found in pairs]
+        texts = ["{} [{}]".format(*points(values)) if values else "" for values in pairs]
         differences = [text.replace(" to ", ", ") for text in texts]
         collapsed = f"{sum(row['collapsed'] for row in trials)} of {len(trials)}" if trials else ""
         lines.append([title, *spreads(runs, [main]), *differences, *spreads(runs, others), collapsed])

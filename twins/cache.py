@@ -1,4 +1,4 @@
-"""The cache of a folder of photographs: its images decoded once, one memory-mapped array on disk.
+"""The cache of a folder of photographs: its images, decoded once into a memory-mapped array on disk.
 
 Letters in shapes:  n images
 """
@@ -19,10 +19,10 @@ from twins.errors import UserError
 
 
 def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BICUBIC, retry=True):
-    """Images at `paths` as uint8 [n 3 size size], memory-mapped, decoded if not done yet, and their paths.
+    """Images at `paths` as memory-mapped uint8 [n 3 size size], decoded if necessary, and their paths.
 
     The file is `name`-size-hash.npy in cache_folder(root); the hash is of all files' names, sizes and dates.
-    Raises UserError for images that cannot be read, or leaves them out, up to 1 %.
+    Raises UserError for images that cannot be read; with skip_bad_images it leaves out up to 1 %.
     """
     lines = [decoding.VERSION, *(f"{below(root, path)} {state_of(path)}" for path in paths)]
     folder = cache_folder(root)
@@ -40,29 +40,30 @@ def cached(root, paths, size, name, skip_bad_images=False, resample=decoding.BIC
     if broken:
         try:
             decoding.decode(broken[0], size)
-            if retry:  # it can be read by now
+            if retry:  # it can be read now
                 file.unlink()
                 return cached(root, paths, size, name, skip_bad_images, resample, retry=False)
-            sentence = f"{broken[0]} could not be read when {file} was made"
+            problem = f"{broken[0]} could not be read when {file} was made"
         except ValueError as error:
-            sentence = str(error)
-        sentence += f", nor can {len(broken) - 1} more, e.g. {', '.join(broken[1:4])}" if broken[1:] else ""
+            problem = str(error)
+        if len(broken) > 1:
+            problem += f", nor can {len(broken) - 1} more, e.g. {', '.join(broken[1:4])}"
         count = f"{len(broken)} of {len(paths)} images"
         if len(broken) > 0.01 * len(paths):
-            raise UserError(f"{sentence}: {count} are too many to leave out, fix or remove them")
+            raise UserError(f"{problem}: {count} are too many to leave out, fix or remove them")
         if not skip_bad_images:
-            raise UserError(f"{sentence}: fix or remove it, or leave it out with --skip_bad_images=True")
-        print(f"left out {count}: {sentence}", flush=True)
+            raise UserError(f"{problem}: fix or remove it, or leave it out with --skip_bad_images=True")
+        print(f"left out {count}: {problem}", flush=True)
     return images[: len(rows)], [paths[i] for i in rows]
 
 
 def below(root, path):
-    """`path`, which begins with `root`, without it; pathlib takes ten times as long."""
+    """A path relative to `root`, which it starts with; pathlib takes ten times as long."""
     return path[len(str(root)) + 1 :]
 
 
 def cache_folder(root):
-    """The first that can be written: .cache beside `root`, .cache/dino-twins in the home or in /tmp."""
+    """The first writable of .cache beside `root`, .cache/dino-twins in the home and in /tmp."""
     homes = [home for home in (os.path.expanduser("~"), tempfile.gettempdir()) if os.path.isabs(home)]
     unique = hashed(str(root.absolute()))
     for folder in (root.parent / ".cache", *(Path(home, ".cache", "dino-twins", unique) for home in homes)):
@@ -74,7 +75,7 @@ def cache_folder(root):
 
 
 def state_of(path):
-    """A file's size and date, by which a change is noticed; a broken link has neither."""
+    """A file's size and date, which reveal a change; for a broken link, the error."""
     try:
         stat = os.stat(path)
         return f"{stat.st_size} {stat.st_mtime_ns}"
@@ -83,12 +84,12 @@ def state_of(path):
 
 
 def hashed(text):
-    """16 hexadecimal digits; file names need not be UTF-8."""
+    """A hash of 16 hexadecimal digits; file names need not be UTF-8."""
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
 
 def remove_old(folder, name, new):
-    """Removes outdated caches, <name>-<hash>, except `new` and those in use by others."""
+    """Removes outdated caches, <name>-<hash>, except `new` and those in use."""
     for lock in folder.glob(f"{glob.escape(name)}-{16 * '[0-9a-f]'}.lock"):
         if lock.stem != new:
             with contextlib.suppress(OSError), decoding.locked(lock, wait=False):

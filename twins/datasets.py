@@ -27,26 +27,26 @@ CONVERT = """python -c "import glob, numpy, pickle
 for name in glob.glob('*_data*'):
     batch = pickle.load(open(name, 'rb'))
     numpy.savez(name, data=batch['data'], labels=batch['labels'])\""""
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set: one model fits all
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for all data sets
 
 
 class Split(NamedTuple):
     images: torch.Tensor  # uint8 [n 3 s s]
     labels: torch.Tensor | None  # int64 [n], -1 where there is none; None: a flat folder
     classes: list[str]
-    masks: torch.Tensor | None = None  # [n s s]: uint8 from load(), `shapes` alone; int16 from load_masks()
-    image_size: int = 0  # pixels that a network is evaluated with; 0: s
+    masks: torch.Tensor | None = None  # [n s s]: uint8 from load(), `shapes` only; int16 from load_masks()
+    image_size: int = 0  # pixels in evaluation; 0: s
 
 
 def load(dataset, data_dir, image_size, split="train", skip_bad_images=False, cache_size=None):
-    """One split, 'train' or 'test', of a data set, every image `image_size` pixels square.
+    """One split, 'train' or 'test', of a data set, with square images of `image_size` pixels.
 
     Photographs of a `folder` to crop views from have side `cache_size` instead, 0: about 1.6 x image_size.
-    Raises UserError for an unknown data set, absent or broken files, and a download that fails.
+    Raises UserError for an unknown data set, missing or broken files, and a failed download.
     """
     if dataset == "folder":
-        found = folder(data_dir, image_size, split, skip_bad_images, cache_size)
-        return Split(*found, image_size=image_size)
+        images, labels, classes = folder(data_dir, image_size, split, skip_bad_images, cache_size)
+        return Split(images, labels, classes, image_size=image_size)
     if dataset not in DATASETS:
         raise UserError(f"--dataset={dataset} is unknown: choose one of {', '.join(DATASETS)}")
     if dataset == "shapes":
@@ -62,14 +62,13 @@ def load(dataset, data_dir, image_size, split="train", skip_bad_images=False, ca
 
 
 def resize(images, size, mode):
-    """Images uint8 [n c s s] -> [n c size size]; antialiased, but for the mode 'nearest'."""
-    shape, antialias = (size, size), mode != "nearest"
-    chunks = images.split(1024)
-    return torch.cat([F.interpolate(chunk, size=shape, mode=mode, antialias=antialias) for chunk in chunks])
+    """Images uint8 [n c s s] -> [n c size size]; antialiased, except with mode 'nearest'."""
+    options = {"size": (size, size), "mode": mode, "antialias": mode != "nearest"}
+    return torch.cat([F.interpolate(chunk, **options) for chunk in images.split(1024)])
 
 
 def to_device(x, device):
-    """A CPU tensor on the device. To a GPU it is copied asynchronously, from pinned memory."""
+    """A CPU tensor on the device; to a GPU it is copied asynchronously from pinned memory."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
@@ -85,7 +84,7 @@ def from_bytes(images):
 
 
 def normalise(x):
-    """Float images [b 3 s s] in [0, 1] -> what a ViT sees."""
+    """Float images [b 3 s s] in [0, 1] -> the input of a ViT."""
     mean, std = (constant(t, x.device, x.dtype)[:, None, None] for t in (MEAN, STD))
     return (x - mean) / std
 
@@ -93,22 +92,22 @@ def normalise(x):
 def shapes(split):
     """12,000 training or 2,000 test images made in seconds: a textured object on a smooth background.
 
-    The class is the texture, for it survives crops and colour jitter: stripes (three orientations, two
-    widths), checks (two widths), rings, plain. Outline (disk, square, diamond), place, size, colours and
-    phase are random. A small ViT would learn strong tints instead, so colours are greys with a tint
-    of at most 0.15.
+    The class is the texture, which survives crops and colour jitter: stripes (three orientations, two
+    widths), checks (two widths), rings, plain. Outline (disk, square, diamond), position, size, colours and
+    phase are random. A small ViT would learn strong tints instead of textures, so colours are greys with a
+    tint of at most 0.15.
     """
     n, seed = {"train": (12_000, 0), "test": (2_000, 1)}[split]
     g = torch.Generator().manual_seed(seed)
-    painted = [paint_shapes(500, g) for _ in range(n // 500)]  # few at a time stay in a core's cache
-    images, labels, masks = (torch.cat(part) for part in zip(*painted, strict=True))
-    ways = ("vertical", "horizontal", "diagonal")
-    names = [f"{width} {way} stripes" for width in ("fine", "coarse") for way in ways]
+    batches = [paint_shapes(500, g) for _ in range(n // 500)]  # small enough for a core's cache
+    images, labels, masks = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    orientations = ("vertical", "horizontal", "diagonal")
+    names = [f"{width} {orientation} stripes" for width in ("fine", "coarse") for orientation in orientations]
     return Split(images, labels, [*names, "fine checks", "coarse checks", "rings", "plain"], masks)
 
 
 def paint_shapes(n, g):
-    """`n` images uint8 [n 3 s s] of shapes(), labels [n] and masks [n s s], drawn from the generator `g`."""
+    """`n` images uint8 [n 3 s s] of shapes(), labels [n] and masks [n s s], from the random generator `g`."""
     size = 32
 
     def uniform(low, high, *shape):
@@ -145,8 +144,8 @@ def paint_shapes(n, g):
 
 
 def torchvision_set(name, data_dir, split):
-    """CIFAR-10, CIFAR-100 or STL-10; the latter's training part has 100,000 images without a label (-1)."""
-    from torchvision.datasets import CIFAR10, CIFAR100, STL10  # here, for the import takes a second
+    """CIFAR-10, CIFAR-100 or STL-10; the latter's training split has 100,000 images without a label (-1)."""
+    from torchvision.datasets import CIFAR10, CIFAR100, STL10  # imported here because it takes a second
 
     if name == "stl10":
         data = fetch(STL10, data_dir, split="train+unlabeled" if split == "train" else "test")
@@ -157,21 +156,21 @@ def torchvision_set(name, data_dir, split):
 
 
 def fetch(kind, data_dir, **which):
-    """A torchvision data set: the local copy (checksums tested) if `data_dir` holds one, else a download.
+    """A torchvision data set: the local copy (checksums verified) if `data_dir` holds one, else a download.
 
-    The environment variable DINO_TWINS_MIRROR is where to download from instead: <mirror>/<the file's name>.
+    The environment variable DINO_TWINS_MIRROR is another place to download from: <mirror>/<file name>.
     """
     mirror = os.environ.get("DINO_TWINS_MIRROR")
     if mirror and hasattr(kind, "filename"):
         kind = type(kind.__name__, (kind,), {"url": f"{mirror.rstrip('/')}/{kind.filename}"})
     try:
         return kind(data_dir, **which)
-    except RuntimeError:  # absent, or a checksum differs
+    except RuntimeError:  # missing, or a checksum differs
         socket.setdefaulttimeout(20)
         try:
             with locked(make_folder(data_dir)):  # the processes of torchrun download it once
                 return kind(data_dir, **which, download=True)
-        except Exception as error:  # of network and archive there are many kinds
+        except Exception as error:  # network and archive raise many types
             where = getattr(kind, "base_folder", "")
             url = getattr(kind, "url", "the address in torchvision's documentation")
             raise UserError(
@@ -208,7 +207,7 @@ def imagenet32(root, split):
                 raise ValueError(f"labels {classes.dtype} {list(classes.shape)}, not a number for each image")
             if not 1 <= classes.min() <= classes.max() <= 1000:
                 raise ValueError(f"labels from {classes.min()} to {classes.max()}, not from 1 to 1000")
-        except Exception as error:  # numpy and zipfile raise many kinds for broken files
+        except Exception as error:  # numpy and zipfile raise many types for broken files
             raise UserError(f"{file} is not a complete batch ({error}): download it again") from None
         images.append(torch.from_numpy(pixels.reshape(-1, 3, 32, 32)))
         labels.append(torch.from_numpy(classes.astype(np.int64) - 1))

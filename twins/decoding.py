@@ -1,9 +1,8 @@
-"""Image files decoded once, by all cores, into one array on disk: any number, safe to kill at any time.
+"""Image files decoded once, by all cores, into one array on disk; it may be killed at any time.
 
-Beside the array <name>.npy, uint8 [n 3 s s], is <name>.flags: one byte per file (not decoded yet, decoded
-or broken), then a checksum. An unfinished array is called <name>.npy.part, and the next run continues it.
-A worker is this file run as a script, without torch, so it starts fast and needs nothing from the program
-that wants the images:
+Beside the array <name>.npy, uint8 [n 3 s s], is <name>.flags: one byte per file (not decoded yet, decoded or
+broken), then a checksum. An unfinished array is called <name>.npy.part, and the next run continues it. A
+worker is this file run as a script, without torch, so it starts fast:
 
     python decoding.py PATHS ARRAY OFFSET SIZE RESAMPLE WORKER WORKERS
 """
@@ -23,25 +22,25 @@ from pathlib import Path
 import numpy as np
 
 DECODED, BROKEN = 1, 2
-CHECKED = 2**31  # bytes; a larger array has no checksum, which would take over a second at every start
+CHECKED = 2**31  # bytes; a larger array has no checksum, which would take over a second at each start
 BICUBIC, LANCZOS = 3, 1  # Pillow's codes; Lanczos is sharper, for views, which are resized twice
-VERSION = "2"  # of decode(): an array of another one is made anew
+VERSION = "2"  # of decode(): arrays of another version are remade
 BLOCK = 256  # images written and flagged together
 
 
 def to_bytes(pixels):
     """Grey pixels [h w] of more than 8 bits -> uint8, which convert() would clip. ValueError for a NaN.
 
-    White is 1 (of floats alone), 255, 4095 or 65535, the first that no pixel exceeds. Where there is none, or
-    a pixel is negative, the smallest pixel is black and the largest is white.
+    White is 1 (floats only), 255, 4095 or 65535, the first that no pixel exceeds. If there is none or a pixel
+    is negative, the smallest pixel is black and the largest is white.
     """
     whites = (1, 255, 4095, 65535) if pixels.dtype.kind == "f" else (255, 4095, 65535)
     low, high = float(pixels.min()), float(pixels.max())
     if not np.isfinite(high - low):
         raise ValueError("its pixels are not finite")
-    black, white = 0, next((white for white in whites if low >= 0 and high <= white), None)
-    if white is None:
-        black, white = low, high
+    black, white = low, high
+    if low >= 0 and high <= whites[-1]:
+        black, white = 0, next(white for white in whites if high <= white)
     scale = 255 / max(white - black, 1e-9)
     out = np.empty(pixels.shape, np.uint8)
     for row, source in zip(out, pixels, strict=True):  # all rows at once would take gigabytes
@@ -49,11 +48,11 @@ def to_bytes(pixels):
     return out
 
 
-def describe(path):
-    """The short side of an image file and whether it has more than 8 bits a pixel; (0, False) if broken."""
+def side_and_depth(path):
+    """The short side of an image file and whether it has more than 8 bits per pixel; (0, False) if broken."""
     from PIL import Image
 
-    with contextlib.suppress(Exception):  # decode() names it
+    with contextlib.suppress(Exception):  # decode() reports it
         if os.path.isfile(path):
             with Image.open(path) as image:
                 return min(image.size), image.mode[0] in "IF"
@@ -61,7 +60,7 @@ def describe(path):
 
 
 def decode(path, size, resample=BICUBIC):
-    """One image file -> uint8 [3 size size]: short side resized, middle kept. ValueError names the file."""
+    """One image file -> uint8 [3 size size]: short side resized, centre crop. ValueError names the file."""
     from PIL import Image, ImageOps
 
     try:
@@ -70,23 +69,23 @@ def decode(path, size, resample=BICUBIC):
         with Image.open(path) as image:
             deep = image.mode[0] in "IF"
             deep_colours = ";16" in str(image.tile) and not deep  # Pillow keeps the upper 8 bits
-            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decoded at a half or less if that is enough
+            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decoded at half size or less if that is enough
             image = ImageOps.exif_transpose(image)
             if deep:
                 image = Image.fromarray(to_bytes(np.asarray(image)))
             image = image.convert("RGB")
             if deep_colours and max(high for _, high in image.getextrema()) < 16:
-                raise ValueError("its colours have 16 bits, of which 12 or fewer are used: convert it to 8")
+                raise ValueError("its colours have 16 bits but use 12 or fewer: convert it to 8")
             image = ImageOps.fit(image, (size, size), resample)
-    except Exception as error:  # Pillow raises many kinds for broken files
+    except Exception as error:  # Pillow raises many types for broken files
         raise ValueError(f"{path} cannot be read as an image ({error})") from None
     return np.asarray(image).transpose(2, 0, 1)
 
 
 def decode_all(paths, size, file, progress, resample=BICUBIC):
-    """Decodes `paths` into `file`, uint8 [n 3 size size], unless it is there. Returns the flags, uint8 [n].
+    """Decodes `paths` into `file`, uint8 [n 3 size size], unless it exists. Returns the flags, uint8 [n].
 
-    `progress` is called with the number of images decoded so far. Raises OSError when the disk is full.
+    progress: called with the number of images decoded so far. Raises OSError if the disk is full.
     """
     flags, part = file.with_suffix(".flags"), Path(f"{file}.part")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -95,9 +94,10 @@ def decode_all(paths, size, file, progress, resample=BICUBIC):
             return np.fromfile(flags, np.uint8, len(paths))
         if file.exists():
             print(f"warning: {file} is damaged: decoding again", flush=True)
-        if not is_begun(part, flags, (len(paths), 3, size, size)):
+        if not can_continue(part, flags, (len(paths), 3, size, size)):
             part.unlink(missing_ok=True)
-            gib, free = len(paths) * 3 * size**2 / 2**30, shutil.disk_usage(file.parent).free / 2**30
+            gib = len(paths) * 3 * size**2 / 2**30
+            free = shutil.disk_usage(file.parent).free / 2**30
             if gib > free:
                 raise OSError(f"it takes {gib:.3g} GiB, the disk has {free:.3g}")
             np.lib.format.open_memmap(part, "w+", np.uint8, (len(paths), 3, size, size))
@@ -108,23 +108,23 @@ def decode_all(paths, size, file, progress, resample=BICUBIC):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         count = min(cores, -(-len(paths) // BLOCK))
         command = [sys.executable, __file__, names, part, offset, size, resample]
-        said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below; not a pipe, which would fill up
+        errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below; not a pipe, which would fill up
         workers = []
         for i in range(count):
-            workers.append(subprocess.Popen([str(word) for word in (*command, i, count)], stderr=said))
+            workers.append(subprocess.Popen([str(word) for word in (*command, i, count)], stderr=errors))
         try:
             while any(worker.poll() is None for worker in workers):
                 progress(int((np.fromfile(flags, np.uint8) > 0).sum()))
                 time.sleep(0.1)
             code = next((worker.returncode for worker in workers if worker.returncode), 0)
             if code:
-                said.seek(0)
-                raise OSError((said.read().strip().splitlines() or [f"exit code {code}"])[-1])
+                errors.seek(0)
+                raise OSError((errors.read().strip().splitlines() or [f"exit code {code}"])[-1])
         finally:
             for worker in workers:
                 worker.kill()
                 worker.wait()
-            said.close()
+            errors.close()
         done = np.fromfile(flags, np.uint8)
         progress(int((done > 0).sum()))
         close_holes(part, done)
@@ -135,12 +135,12 @@ def decode_all(paths, size, file, progress, resample=BICUBIC):
 
 
 def checksum(images):
-    """Four bytes; those of a large array are 0."""
+    """Four bytes, 0 for a large array."""
     return (zlib.crc32(images) if images.nbytes <= CHECKED else 0).to_bytes(4, "little")
 
 
-def is_begun(part, flags, shape):
-    """Whether an interrupted run left an array and flags to go on from; a power cut may leave rubbish."""
+def can_continue(part, flags, shape):
+    """Whether an interrupted run left an array and flags to continue; a power cut may leave garbage."""
     try:
         return np.load(part, mmap_mode="r").shape == shape and flags.stat().st_size == shape[0]
     except (OSError, ValueError, EOFError):
@@ -151,12 +151,12 @@ def is_whole(file, flags, n):
     try:
         marks, images = flags.read_bytes(), np.load(file, mmap_mode="r")
         return len(images) == n and marks[n:] == checksum(images)
-    except (OSError, ValueError, EOFError):  # not there, or cut off
+    except (OSError, ValueError, EOFError):  # missing or cut off
         return False
 
 
 def rows_of(flags):
-    """The file of each row that counts, [n - broken]: in order, the last ones in place of broken ones."""
+    """The file of each sound row, [n - broken]: in order, with the last ones in place of broken ones."""
     n = int((flags == DECODED).sum())
     rows = np.arange(n)
     rows[flags[:n] == BROKEN] = n + np.flatnonzero(flags[n:] == DECODED)
@@ -164,7 +164,7 @@ def rows_of(flags):
 
 
 def close_holes(part, flags):
-    """Moves rows to where rows_of() puts them. It deletes nothing, so if killed it can simply run again."""
+    """Moves rows to where rows_of() puts them. It deletes nothing, so it can run again after a kill."""
     images = np.load(part, mmap_mode="r+")
     for i, row in enumerate(rows_of(flags)):
         if row != i:
@@ -174,28 +174,27 @@ def close_holes(part, flags):
 
 @contextlib.contextmanager
 def locked(path, wait=True):
-    """An exclusive lock on a file or folder, released if the process dies.
-
-    With `wait=False` it raises BlockingIOError if another process has it.
-    """
-    with contextlib.ExitStack() as held:
+    """An exclusive lock on a file or folder; with wait=False BlockingIOError if another process has it."""
+    with contextlib.ExitStack() as stack:
         try:
             import fcntl
 
             file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
-            held.callback(os.close, file)
+            stack.callback(os.close, file)
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise
-        except (ImportError, OSError):  # Windows, and disks without locks: start one run after the other
+        except (ImportError, OSError):  # Windows, and disks without locks: do not start two runs at once
             pass
         yield
 
 
 def work(paths, array, offset, size, resample, worker, workers):
-    """Every `workers`-th block of files, less what is flagged already; ends when the parent does."""
-    paths, flags = Path(paths).read_bytes().split(b"\0"), Path(array).with_suffix("").with_suffix(".flags")
-    done, parent, count = np.fromfile(flags, np.uint8), os.getppid(), 3 * size * size
+    """Decodes every `workers`-th block of files, except those flagged already; ends with its parent."""
+    paths = Path(paths).read_bytes().split(b"\0")
+    flags = Path(array).with_suffix("").with_suffix(".flags")
+    done = np.fromfile(flags, np.uint8)
+    parent = os.getppid()
     with open(array, "r+b") as images, open(flags, "r+b") as marks:
         for start in range(worker * BLOCK, len(paths), workers * BLOCK):
             todo = [i for i in range(start, min(start + BLOCK, len(paths))) if not done[i]]
@@ -205,7 +204,7 @@ def work(paths, array, offset, size, resample, worker, workers):
                 except ValueError:
                     done[i] = BROKEN
                     continue
-                images.seek(offset + i * count)
+                images.seek(offset + i * pixels.size)
                 images.write(pixels.tobytes())
             images.flush()
             os.fsync(images.fileno())  # the pixels first, then the flags
@@ -218,8 +217,8 @@ def work(paths, array, offset, size, resample, worker, workers):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    warnings.simplefilter("ignore")  # Pillow's, of files that can be read all the same
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    warnings.simplefilter("ignore")  # Pillow's, about files that can be read
     try:
         work(*sys.argv[1:3], *(int(word) for word in sys.argv[3:]))
     except OSError as error:

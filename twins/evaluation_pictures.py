@@ -1,4 +1,4 @@
-"""The pictures that evaluations write, as the bytes of PNG files: attention, divergence, segmentation.
+"""The pictures that evaluations write, as PNG bytes: attention, divergence, segmentation.
 
 Letters in shapes:  n images  s side in pixels  y x patch grid  r runs  g groups
 """
@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from twins.pictures import load_matplotlib, new_figure, png, printed
+from twins.pictures import load_matplotlib, png, printed
 
-BITS = 4  # attention from 1/16 to 16 times uniform, the one scale of every figure
-COLUMNS = 13  # of attention.png, at most, before it continues in another line
+BITS = 4  # attention from 1/16 to 16 times uniform, the same scale in every figure
+COLUMNS = 13  # of attention.png, at most; it then continues on another line
 TILE, GAP, HEADING, BAR = 1.2, 0.06, 0.5, 1.0  # inches: side, distance, space for titles and colour bar
 
 
@@ -31,9 +31,9 @@ def attention_tile(attention):
 
 
 def pca_colours(tokens):
-    """Patch tokens [n d y x] -> RGB of 0 to 1 [n y x 3]: their first three principal components, as DINOv2.
+    """Patch tokens [n d y x] -> RGB from 0 to 1 [n y x 3]: first three principal components, as in DINOv2.
 
-    The components are of all tokens together, so equal colours mean equal features in all images.
+    PCA is over all tokens together, so equal colours mean equal features across images.
     """
     flat = rearrange(tokens.double(), "n d y x -> (n y x) d")
     flat = flat - flat.mean(0)
@@ -44,8 +44,8 @@ def pca_colours(tokens):
     return rearrange(colours, "(n y x) c -> n y x c", n=len(tokens), y=tokens.shape[2])
 
 
-def kept_tile(image, keep):
-    """An image [s s 3] of 0 to 1, dark outside the patches keep, bool [y x] -> [s s 3]."""
+def highlighted_tile(image, keep):
+    """An image [s s 3] from 0 to 1, darkened outside the patches `keep`, bool [y x] -> [s s 3]."""
     keep = F.interpolate(keep[None, None].float(), size=image.shape[:2], mode="nearest")[0, 0, :, :, None]
     return image * (0.2 + 0.8 * keep.numpy())
 
@@ -53,13 +53,14 @@ def kept_tile(image, keep):
 def draw_tiles(lines, rows, foot=0.0):
     """A sheet of square tiles with the colour bar of attention; foot: inches left free at the bottom.
 
-    lines: below each other, each {group: {title: tiles, a list of `rows` arrays [h w 3]}}. Returns the figure
-    and the axes of the very first column.
+    lines: from top to bottom, each {group: {title: list of `rows` tiles [h w 3]}}. Returns the figure and the
+    axes of the first column.
     """
     widths = [sum(len(group) * (TILE + GAP) + 2 * GAP for group in line.values()) for line in lines]
     width, line_height = max(widths) + BAR, HEADING + rows * (TILE + GAP)
     height = len(lines) * line_height + foot + GAP
-    figure, first = new_figure(width, height), []
+    figure = load_matplotlib().figure.Figure(figsize=(width, height))
+    first_column = []
     for k, line in enumerate(lines):
         left, top = GAP, height - k * line_height
         for name, group in line.items():
@@ -71,24 +72,26 @@ def draw_tiles(lines, rows, foot=0.0):
                     axis.imshow(pixels, interpolation="nearest")
                     axis.axis("off")
                     axis.set_title(title if i == 0 else "", fontsize=8, pad=3)
-                    first += [axis] if len(first) < rows else []
+                    if len(first_column) < rows:
+                        first_column.append(axis)
                 left += TILE + GAP
             left += 2 * GAP
-    tall = min(rows * (TILE + GAP) - GAP, 4)
-    box = ((width - BAR + 0.1) / width, (height - HEADING - tall) / height, 0.15 / width, tall / height)
+    bar = min(rows * (TILE + GAP) - GAP, 4)
+    box = ((width - BAR + 0.1) / width, (height - HEADING - bar) / height, 0.15 / width, bar / height)
     label = "log2(attention / uniform); white: uniform"
     figure.colorbar(attention_scale(), cax=figure.add_axes(box), label=label, extend="both")
-    return figure, first
+    return figure, first_column
 
 
 def attention_picture(images, panels, masks=None):
     """attention.png: images uint8 [n 3 s s]; panels {group: {title: one of these for each image}}:
     maps [n y x] of sum 1, patches to keep, bool [n y x], or colours [n y x 3].
 
-    masks int16 [n s s] or None: the objects' outlines are drawn on the images. A group is never split.
+    masks int16 [n s s] or None: the objects' outlines, drawn on the images. A group is never split.
     """
     pixels = rearrange(images, "n c h w -> n h w c").numpy() / 255
-    lines, used = [{"": {"image": list(pixels)}}], 1
+    lines = [{"": {"image": list(pixels)}}]
+    used = 1  # columns of the last line
     for name, columns in panels.items():
         if used + len(columns) > COLUMNS and used > 1:
             lines.append({})
@@ -96,7 +99,7 @@ def attention_picture(images, panels, masks=None):
         group = lines[-1][printed(name)] = {}
         for title, maps in columns.items():
             if maps.dtype == torch.bool:
-                group[title] = [kept_tile(p, keep) for p, keep in zip(pixels, maps, strict=True)]
+                group[title] = [highlighted_tile(p, keep) for p, keep in zip(pixels, maps, strict=True)]
             elif maps.ndim == 4:
                 group[title] = list(maps.numpy())
             else:
@@ -110,10 +113,10 @@ def attention_picture(images, panels, masks=None):
 
 
 def divergence_picture(mean, names, groups, seeds):
-    """divergence.png: mean d [r r] in bits, names of the groups [g], group and seed of each run int64 [r]."""
+    """divergence.png: mean d [r r] in bits, group names [g], group and seed of each run int64 [r]."""
     k = len(names)
     side = max(3.5, 0.7 * k)
-    figure = new_figure(2 * side + 4, side + 1.8, layout="constrained")
+    figure = load_matplotlib().figure.Figure(figsize=(2 * side + 4, side + 1.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     image = left.imshow(mean, cmap="viridis", vmin=0)
     starts = [int((groups < g).sum()) for g in range(k + 1)]
@@ -148,11 +151,11 @@ def divergence_picture(mean, names, groups, seeds):
 def segmentation_picture(images, columns, attention, classes):
     """segmentation.png: images uint8 [n 3 s s]; columns {title: masks int16 [n s s]}; attention [n y x].
 
-    One colour per class, named in `classes`; pixels of class -1, which do not count, are white.
+    One colour per class, named in `classes`; pixels of class -1, which are ignored, are white.
     """
     matplotlib = load_matplotlib()
     palette = torch.tensor(matplotlib.colormaps["tab20"].colors)[[*range(0, 20, 2), *range(1, 20, 2)]]
-    colours = palette[torch.arange(len(classes) + 1) % 20].float()  # the bright ones first
+    colours = palette[torch.arange(len(classes) + 1) % 20].float()  # bright ones first
     colours[0], colours[-1] = 0.15, 1.0
     pixels = list(rearrange(images, "n c h w -> n h w c").numpy() / 255)
     tiles = {"image": pixels}

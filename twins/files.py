@@ -22,10 +22,7 @@ PATHS = [(PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathl
 
 
 def write_file(path, content, previous=None):
-    """Writes bytes or str atomically and keeps the old file as `previous`, which gives way on a full disk.
-
-    Raises UserError if that fails.
-    """
+    """Writes bytes or str atomically, else UserError; `previous`, the old file, is deleted on a full disk."""
     partial = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +43,7 @@ def write_file(path, content, previous=None):
 
 
 def make_folder(path):
-    """Makes a folder, if it is not there, and returns its Path. Raises UserError if it cannot be written."""
+    """Makes a folder if it does not exist; returns its Path. Raises UserError if it cannot be written."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -59,7 +56,7 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def only_writer(folder, hint="give another --out_dir"):
-    """Makes a folder and keeps other runs and studies out of it. Raises UserError if one is in it."""
+    """Makes a folder and keeps other runs and studies from writing there. Raises UserError if one does."""
     try:
         with locked(make_folder(folder), wait=False):
             yield
@@ -80,10 +77,7 @@ def read_json(path):
 
 
 def read_json_lines(path, is_sound, cut_off=False):
-    """A file's lines of JSON for which is_sound(row); `cut_off`: the last may be broken. [] without the file.
-
-    Raises UserError for another broken line.
-    """
+    """A file's rows of JSON, [] without it. UserError unless is_sound(row); `cut_off`: except the last."""
     rows = []
     try:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
@@ -94,7 +88,7 @@ def read_json_lines(path, is_sound, cut_off=False):
             continue
         try:
             row = json.loads(line)
-            json.dumps(row, allow_nan=False)  # NaN is no number of ours: ValueError
+            json.dumps(row, allow_nan=False)  # ValueError for NaN
             sound = is_sound(row)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             sound = False
@@ -115,25 +109,26 @@ def sha256(content):
 
 
 def git_state():
-    """{git_commit: of this checkout, '' without git, git_edited: tracked files differ, results/ left out}."""
-    status = ["status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]  # a study writes there
+    """{git_commit: of this checkout, '' without git, git_edited: tracked files changed, not in results/}."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
     try:
-        commit, status = (
-            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-            for words in (["rev-parse", "HEAD"], status)
-        )
+        commit = git("rev-parse", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
     except OSError:  # git is not installed
-        commit, status = "", ""
-    return {"git_commit": commit, "git_edited": bool(status)}
+        commit, changes = "", ""
+    return {"git_commit": commit, "git_edited": bool(changes)}
 
 
 def load_pickle(path, device="cpu"):
-    """A dict written by torch.save; checksums are verified, no code runs. Raises UserError otherwise."""
+    """A dict written by torch.save; checksums are verified, no code is run. Raises UserError otherwise."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *PATHS]):  # DINO's arguments
             saved = torch.load(path, map_location=device, weights_only=True)
         broken = zipfile.is_zipfile(path) and damaged_entry(zipfile.ZipFile(path))
-    except Exception as error:  # torch and zipfile raise many kinds
+    except Exception as error:  # torch and zipfile raise many types
         code = re.search(r"GLOBAL (\S+) was not", str(error))
         if code:
             raise UserError(f"{path} is not loaded: it needs {code[1]}, and files may not run code") from None
@@ -149,14 +144,11 @@ def load_pickle(path, device="cpu"):
 def damaged_entry(archive):
     """The name of a ZipFile's first damaged entry, None if all are sound. torch verifies no checksum."""
     folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 16]
-    return folders[0] if folders else archive.testzip()  # of what is marked as a folder torch reads nothing
+    return folders[0] if folders else archive.testzip()  # torch skips entries marked as folders
 
 
 def load_checkpoint(folder, device="cpu"):
-    """A run's newest sound checkpoint: (its dict, its path, what is wrong with the newer one or '').
-
-    Raises UserError if neither ckpt.pt nor ckpt-previous.pt is sound.
-    """
+    """A run's newest sound checkpoint: (its dict, its path, the problem of a newer one or '')."""
     newest, previous = Path(folder) / "ckpt.pt", Path(folder) / "ckpt-previous.pt"
     try:
         return read_checkpoint(newest, device), newest, ""
@@ -182,7 +174,8 @@ def read_checkpoint(path, device="cpu"):
 
 def is_checkpoint(saved):
     """Whether a dict is what a training script saves."""
-    rows, n_rows = saved.get("first_row", []), saved.get("n_rows", 0)
+    rows = saved.get("first_row", [])
+    n_rows = saved.get("n_rows", 0)
     sound = type(n_rows) is int and isinstance(rows, list) and len(rows) >= (n_rows > 0)
     sound = sound and all(isinstance(r, dict) and type(r.get("step")) is int for r in rows)
     sound = sound and all(type(saved.get(name)) is kind for name, kind in CHECKPOINT.items())
@@ -190,10 +183,12 @@ def is_checkpoint(saved):
 
 
 def check_state(state):
-    """Raises UserError for what a script's checkpoint could not hold, or not restore."""
+    """Raises UserError for anything that a script's checkpoint cannot hold or restore."""
     for name, value in state.items():
         if name in CHECKPOINT or name in ("first_row", "n_rows"):
-            raise UserError(f"state['{name}']: a checkpoint has that name for itself, choose another one")
+            raise UserError(f"state['{name}']: the name is reserved, choose another one")
         if not isinstance(value, torch.Tensor | str) and not hasattr(value, "load_state_dict"):
             kind = type(value).__name__
-            raise UserError(f"state['{name}'] is a {kind}, not a tensor, a string or what has a state_dict")
+            raise UserError(
+                f"state['{name}'] is a {kind}: it must be a tensor, a string or have a state_dict"
+            )

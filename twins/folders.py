@@ -23,51 +23,51 @@ SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 IMAGES = ("images", "jpegimages")
 JUNK = {"@eadir", "#recycle", "$recycle.bin", "__macosx"}  # of Synology, QNAP, Windows, macOS
 MASKS = ("masks", "labels", "annotations", "segmentationclass", "segmentationobject")
-nfc = functools.partial(unicodedata.normalize, "NFC")  # of names: macOS and archives spell é in two ways
+nfc = functools.partial(unicodedata.normalize, "NFC")  # macOS and archives encode é in two ways
 
 
 def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     """Photographs in data_dir/train/<class>/*, data_dir/{test,val}/<class>/*, or flat without labels.
 
-    Returns images uint8 [n 3 s s], labels int64 [n] or None, and the classes. Decoded once, short side
-    resized to s, centre cropped; kept in a cache as one memory-mapped array, made anew when a file's
-    name, size or date changes. s is `image_size`, or `cache_size` if given, 0 for 1.6 x image_size. Raises
-    UserError if the layout is ambiguous.
+    Returns images uint8 [n 3 s s], labels int64 [n] or None, and the classes. Images are decoded once, short
+    side resized to s, centre cropped, and cached as a memory-mapped array until a file's name, size or date
+    changes. s is `image_size`, or `cache_size` if given, 0 for 1.6 x image_size. Raises UserError if the
+    layout is ambiguous.
     """
     if not os.path.isdir(data_dir):
         raise UserError(f"--data_dir={data_dir} is not a folder: give the one that holds train/<class>/*.jpg")
     top = without_masks(Path(data_dir))
-    found = splits(top)
-    root = split_folder(top, found, split)
+    folder_of = splits(top)
+    root = split_folder(top, folder_of, split)
     paths = image_files(root)
-    first = [nfc(below(root, path)).split(os.sep) for path in paths]
-    flat, home, known = all(len(parts) == 1 for parts in first), root, first
+    parts_of_paths = [nfc(below(root, path)).split(os.sep) for path in paths]
+    flat = all(len(parts) == 1 for parts in parts_of_paths)
     if flat and split == "train":
-        refuse_others(top, root, found)
-    if split == "test" and "train" in found:  # numbered as in training
-        home = without_masks(found["train"])
-        known = [nfc(below(home, path)).split(os.sep) for path in walk(home)[0]]
-        warn_of_training_images(root, found["train"])
-    classes = [] if flat else sorted({parts[0] for parts in known if len(parts) > 1})
-    refuse_wrapping(home, classes, known)
+        refuse_others(top, root, folder_of)
+    home, home_parts = root, parts_of_paths  # those that define the classes
+    if split == "test" and "train" in folder_of:  # numbered as in training
+        home = without_masks(folder_of["train"])
+        home_parts = [nfc(below(home, path)).split(os.sep) for path in walk(home)[0]]
+        warn_of_training_images(root, folder_of["train"])
+    classes = [] if flat else sorted({parts[0] for parts in home_parts if len(parts) > 1})
+    refuse_wrapping(home, classes, home_parts)
     if classes and split == "train":
-        warn_of_new_classes(root, found, classes)
-    stray = [parts for parts in first if not flat and parts[0] not in classes]
+        warn_of_new_classes(root, folder_of, classes)
+    stray = [parts for parts in parts_of_paths if not flat and parts[0] not in classes]
     if stray and home != root and not classes:
-        raise UserError(f"{home} has no class folders, but {root} has: either both need them or neither")
+        raise UserError(f"{home} has no class folders, but {root} has: both need them, or neither")
     if stray and home != root and len(stray[0]) > 1:
         new = stray[0][0]
         raise UserError(f"{home} has no class {new}, but {root} has: add it there, or remove it here")
     if stray:
-        where = f"in none of the {len(classes)} class folders"
-        file = root.joinpath(*stray[0])
-        raise UserError(f"{file} is {where}: move it into one, or make all of them flat")
+        file = f"{root.joinpath(*stray[0])} is in none of the {len(classes)} class folders"
+        raise UserError(f"{file}: move it into one, or use no class folders at all")
 
-    sample = [decoding.describe(path) for path in paths[:: len(paths) // 100 + 1]]
+    sample = [decoding.side_and_depth(path) for path in paths[:: len(paths) // 100 + 1]]
     if any(deep for _, deep in sample):
-        print("images of more than 8 bits a pixel are scaled to 8, see docs/options.md", flush=True)
+        print("images of more than 8 bits per pixel are scaled to 8, see docs/options.md", flush=True)
     size, name, resample = image_size, root.name, decoding.BICUBIC
-    if cache_size is not None:  # a crop of 40 % of the area shall have image_size pixels
+    if cache_size is not None:  # so that a crop of 40 % of the area has image_size pixels
         size = cache_size or max(image_size, min(round(1.6 * image_size), max(side for side, _ in sample)))
     if size < image_size:
         raise UserError(f"--cache_size={size} is less than --image_size={image_size}: views would be blurred")
@@ -80,31 +80,28 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([number[nfc(below(root, path)).split(os.sep)[0]] for path in paths])
     counts = [f"{name} {n}" for name, n in zip(classes, labels.bincount(minlength=len(classes)), strict=True)]
-    shown = ", ".join(counts[:10]) + ", ..." * (len(counts) > 10)
-    print(f"{root}: {len(paths)} images in {len(classes)} classes: {shown}", flush=True)
+    text = ", ".join(counts if len(counts) <= 10 else [*counts[:10], "..."])
+    print(f"{root}: {len(paths)} images in {len(classes)} classes: {text}", flush=True)
     return images, labels, classes
 
 
-def split_folder(top, found, split):
-    """Where the images of a split are: `found` is splits(top). Raises UserError if there is no such place."""
+def split_folder(top, folder_of, split):
+    """The folder of a split's images; folder_of: splits(top). Raises UserError if there is none."""
     wanted = ("train",) if split == "train" else ("test", "val")
-    roots = [without_masks(found[kind]) for kind in wanted if kind in found]
-    if not roots and (found or split == "test"):
-        only = ", ".join(f"{path.name}/" for path in found.values())
-        only = f", only {only}: rename it, or give it as --data_dir" if only else ""
-        raise UserError(f"{top} has no {'/ or '.join(wanted)}/ folder{only}")
+    roots = [without_masks(folder_of[kind]) for kind in wanted if kind in folder_of]
+    if not roots and (folder_of or split == "test"):
+        others = ", ".join(f"{path.name}/" for path in folder_of.values())
+        hint = f", only {others}: rename it, or give it as --data_dir" if others else ""
+        raise UserError(f"{top} has no {'/ or '.join(wanted)}/ folder{hint}")
     if len(roots) > 1 and subfolders(roots[1]) and not subfolders(roots[0]):
         print(f"{roots[0]} has no class folders: {roots[1]}, which has them, is used instead", flush=True)
         return roots[1]
     return roots[0] if roots else top
 
 
-def refuse_wrapping(root, classes, known):
-    """Raises UserError if a class folder holds splits, photos/train/ or cat/test/, or is one: train/train/.
-
-    known: the parts of the paths of all images.
-    """
-    inner = sorted({parts[0] for parts in known if len(parts) > 2 and parts[1].lower() in SPLITS})
+def refuse_wrapping(root, classes, parts_of_paths):
+    """Raises UserError if a class folder holds splits (photos/train/, cat/test/) or is one (train/train/)."""
+    inner = sorted({parts[0] for parts in parts_of_paths if len(parts) > 2 and parts[1].lower() in SPLITS})
     if inner:
         where = root / inner[0]
         hint = f"give --data_dir={where}" if len(classes) == 1 else "move them to train/<class>/ ..."
@@ -114,25 +111,26 @@ def refuse_wrapping(root, classes, known):
         raise UserError(f"{where} is the name of a split, not of a class: move what it holds to {root}")
 
 
-def refuse_others(top, root, found):
-    """Raises UserError for images beside `root`, a flat train/: it may be one class of several."""
-    others = [top / name for name in subfolders(top) if top / name not in [root, *found.values()]]
+def refuse_others(top, root, folder_of):
+    """Raises UserError for images beside `root`, a flat train/: it may be one of several classes."""
+    others = [top / name for name in subfolders(top) if top / name not in [root, *folder_of.values()]]
     names = [f"{path.name}/" for path in others if walk(path)[0]]
     if names:
         hint = f"give --data_dir={root} for it alone, or put all classes into train/"
         raise UserError(f"{root} holds images without class folders beside {' '.join(names[:5])}: {hint}")
 
 
-def warn_of_new_classes(root, found, classes):
-    """Prints a warning for a class that the test images have, but `root`, the training images, have not."""
-    for other in (path for kind, path in found.items() if kind != "train"):
+def warn_of_new_classes(root, folder_of, classes):
+    """Prints a warning for a class of the test images that `root`, the training images, lacks."""
+    others = [path for kind, path in folder_of.items() if kind != "train"]
+    for other in others:
         names = [nfc(name) for name in subfolders(other) if name.lower() not in (*IMAGES, *MASKS)]
         if new := [name for name in names if name not in classes]:
             print(f"warning: {root} has no class {new[0]}, but {other} has: evaluation will refuse it")
 
 
 def warn_of_training_images(root, train):
-    """Prints a warning if the test images in `root` are those of the folder `train`, by a link."""
+    """Prints a warning if the test images in `root` are a link to those of the folder `train`."""
     if train.resolve() in (root.resolve(), *root.resolve().parents):
         print(f"warning: {root} is {train}, so these are training images", flush=True)
 
@@ -146,7 +144,7 @@ def is_hidden(name):
 
 
 def subfolders(root):
-    """The names of the folders in `root`, in order, less hidden ones."""
+    """The sorted names of the folders in `root`, without hidden ones."""
     try:
         return sorted(f.name for f in os.scandir(root) if f.is_dir() and not is_hidden(f.name))
     except OSError as error:
@@ -154,29 +152,29 @@ def subfolders(root):
 
 
 def splits(root):
-    """{train, test, val: its folder in `root`}, those that are there. Raises UserError if there are two.
+    """{train, test, val: its folder in `root`}, for those that exist. Raises UserError if one exists twice.
 
-    Also for two of other names that hold the word, such as training_set/ and test_set/.
+    Also for two folders whose names contain the word, such as training_set/ and test_set/.
     """
-    found, alike = {}, {}
+    folder_of, alike = {}, {}
     for name in subfolders(root):
         kind = SPLITS.get(name.lower())
         for word in re.split("[^a-z]+", name.lower()):
             alike.setdefault(SPLITS.get(word), name)
-        if kind in found:
-            both = f"{found[kind].name}/ and {name}/"
+        if kind in folder_of:
+            both = f"{folder_of[kind].name}/ and {name}/"
             raise UserError(f"{root} holds {both}, which are the same split: rename or move one")
         if kind:
-            found[kind] = root / name
+            folder_of[kind] = root / name
     alike.pop(None, "")
-    if not found and len(alike) > 1:
+    if not folder_of and len(alike) > 1:
         names = " and ".join(f"{name}/" for name in alike.values())
         raise UserError(f"{root} holds {names}: if they are splits, rename them to {'/ and '.join(alike)}/")
-    return found
+    return folder_of
 
 
 def without_masks(root):
-    """`root`, or the images in it if masks lie beside them."""
+    """`root`, or its folder of images if there is one of masks beside it."""
     names = subfolders(root)
     images = [name for name in names if name.lower() in IMAGES]
     masks = [name for name in names if name.lower() in MASKS]
@@ -187,7 +185,7 @@ def without_masks(root):
 
 
 def walk(root):
-    """The images below `root`, sorted, and {what is left out: how often}; no folder is read twice."""
+    """The sorted images below `root`, and {what is left out: how often}; no folder is read twice."""
     paths, left, seen = [], Counter(), set()
     for parent, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
         stat = os.stat(parent)
@@ -208,12 +206,12 @@ def walk(root):
 
 
 def image_files(root):
-    """The images below `root`, sorted; says what is left out. Raises UserError if there are none."""
+    """The sorted images below `root`; prints what is left out. Raises UserError if there are none."""
     paths, left = walk(root)
     if not paths:
         suffixes = " ".join(sorted(SUFFIXES))
-        found = f"{left.total()} files, none with an image's name ({suffixes})" if left else "nothing"
-        raise UserError(f"{root} holds {found}: put images into {root}/<class>/")
+        content = f"{left.total()} files, none with an image's suffix ({suffixes})" if left else "nothing"
+        raise UserError(f"{root} holds {content}: put images into {root}/<class>/")
     if left:
         kinds = ", ".join(f"{n} {what}" for what, n in left.most_common(8))
         print(f"{root}: left out {left.total()} that do not look like images: {kinds}", flush=True)

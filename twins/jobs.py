@@ -1,4 +1,4 @@
-"""Several jobs at once, each a sequence of commands; a failed job does not affect the others."""
+"""Several jobs in parallel, each a sequence of commands; a failed job does not affect the others."""
 
 import ctypes
 import os
@@ -12,26 +12,25 @@ import torch
 from twins.errors import UserError
 from twins.files import make_folder
 
-
-def default_slots():
-    """Jobs at once: one per GPU, else one per CPU core."""
-    return torch.cuda.device_count() or os.cpu_count()
+SLOTS = torch.cuda.device_count() or os.cpu_count()  # default number of parallel jobs
 
 
 def run_jobs(jobs, slots):
-    """Runs (name, log, commands) jobs, `slots` at once; returns ({name: why it failed}, was it stopped).
+    """Runs (name, log, commands) jobs, `slots` at once; returns {name: why it failed}, whether stopped.
 
-    commands: a generator that yields Python's arguments and is sent each exit code; an exception in it is
-    that job's failure. Output of the commands is appended to the file `log`. After Ctrl-C or SIGTERM all
-    processes get SIGTERM and are waited for.
+    commands: a generator that yields arguments for Python and is sent each exit code; an exception fails
+    the job. Output is appended to `log`. After Ctrl-C or SIGTERM all processes get SIGTERM and are awaited.
     """
-    stopped, failures, running = [], {}, {}
-    waiting, free = list(jobs), list(range(slots))
+    failures = {}
+    running = {}  # process: its slot and job
+    waiting = list(jobs)
+    free_slots = list(range(slots))
+    signals = []
     handlers = {}
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
         if signal.getsignal(number) == signal.SIG_IGN:  # nohup
             continue
-        handlers[number] = signal.signal(number, lambda number, frame: stopped.append(number))
+        handlers[number] = signal.signal(number, lambda number, frame: signals.append(number))
 
     def advance(slot, job, code=None):
         name, log, commands = job
@@ -44,28 +43,29 @@ def run_jobs(jobs, slots):
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             failures[name] = f"{kind}{error}"
             print(f"{name} failed: {failures[name]}", flush=True)
-        free.append(slot)
+        free_slots.append(slot)
 
-    while running or (waiting and not stopped):
-        while waiting and free and not stopped:
-            advance(free.pop(0), waiting.pop(0))
+    told = False
+    while running or (waiting and not signals):
+        while waiting and free_slots and not signals:
+            advance(free_slots.pop(0), waiting.pop(0))
         for process in [process for process in running if process.poll() is not None]:
             slot, job = running.pop(process)
-            if not stopped:
+            if not signals:
                 advance(slot, job, process.returncode)
-        if stopped and 0 not in stopped:
-            stopped.append(0)
+        if signals and not told:
+            told = True
             print("stopping: each run saves after its current step", flush=True)
             for process in running:
                 process.terminate()
         time.sleep(0.1)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    return failures, bool(stopped)
+    return failures, bool(signals)
 
 
 def start(command, log, slot, slots):
-    """Python with these arguments, in a process that dies with this one, on its share of the machine."""
+    """Starts Python with these arguments on its share of the machine; the process dies with this one."""
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     environment.setdefault("OMP_NUM_THREADS", str(max(os.cpu_count() // slots, 1)))
     count = torch.cuda.device_count()
@@ -79,7 +79,7 @@ def start(command, log, slot, slots):
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # Ctrl-C reaches it through run_jobs alone, once
+            start_new_session=True,  # Ctrl-C reaches it only through run_jobs(), once
             preexec_fn=die_with_parent if sys.platform == "linux" else None,
         )
 
@@ -91,3 +91,9 @@ def die_with_parent():
 def last_line(file):
     """The last line of a log, which says why a command failed."""
     return (file.read_text(errors="replace").strip().splitlines() or ["nothing was printed"])[-1]
+
+
+def check_exit(code, log):
+    """Raises UserError for a command that failed."""
+    if code:
+        raise UserError(f"exit code {code}: {last_line(log)}")

@@ -1,7 +1,7 @@
-"""Options: the lower-case names at the top of a script, read from its source, changed by --name=value.
+"""Options: the lower-case names at the top of a script, read from its source, set by --name=value.
 
-depth = 12  # blocks [1..]                            the default gives the type, the comment the meaning,
-head = "shared"  # one Z for both losses [shared|two]     brackets at its end the limits or the choices
+depth = 12  # blocks [1..]                                the default gives the type, the comment the meaning,
+head = "shared"  # one Z for both losses [shared|two]     brackets at its end the limits or choices
 """
 
 import argparse
@@ -22,7 +22,7 @@ from twins.processes import under_torchrun
 
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 KINDS[tuple] = "numbers like 0.4,1.0"
-LARGEST = 10**9  # whole number, where a comment sets no limit
+LARGEST = 10**9  # whole number, if a comment sets no limit
 
 
 class Option(NamedTuple):
@@ -35,7 +35,8 @@ class Option(NamedTuple):
 
 def read_options(path):
     """{name: Option} of a script: its top-level assignments of a constant to a lower-case name."""
-    source, options = Path(path).read_text(encoding="utf-8-sig"), {}
+    source = Path(path).read_text(encoding="utf-8-sig")
+    options = {}
     for node in ast.parse(source).body:
         if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
             continue
@@ -53,7 +54,7 @@ def read_options(path):
 
 
 def read_comment(default, comment):
-    """An Option from its default and the comment behind it, which may end with [low..high] or [this|that]."""
+    """An Option from its default and the comment after it, which may end with [low..high] or [this|that]."""
     number = r"(?:-?\d*\.?\d+(?:e[+-]?\d+)?)?"
     pattern = r"[^\[\]]*\|[^\[\]]*" if isinstance(default, str) else rf"{number}\.\.{number}"
     limits = re.search(rf"\s*\[({pattern})\]$", comment)
@@ -67,35 +68,35 @@ def read_comment(default, comment):
 
 
 def limit(text):
-    return int(text) if text.isdigit() else float(text)  # 2**64 - 1 is no float
+    return int(text) if text.isdigit() else float(text)  # a float cannot hold 2**64 - 1
 
 
 def convert(name, option, value):
-    """A value from the command line or a file in its option's type. Raises UserError if it does not fit."""
-    kind, said = type(option.default), f"--{name}={str(value)[:80]}"
+    """A value from the command line or a file, in its option's type. Raises UserError if it does not fit."""
+    kind = type(option.default)
+    text = f"--{name}={str(value)[:80]}"
     if type(value) is kind and value == option.default:
         return value
+    to_type = from_text if isinstance(value, str) else from_json
     try:
-        converted = (
-            from_text(value, option.default) if isinstance(value, str) else from_json(value, option.default)
-        )
+        converted = to_type(value, option.default)
     except (ValueError, OverflowError):
-        raise UserError(f"{said}: it must be {KINDS[kind]}") from None
+        raise UserError(f"{text}: it must be {KINDS[kind]}") from None
     if option.choices and converted not in option.choices:
         choices = dict.fromkeys(choice for choice in option.choices if choice)
-        raise UserError(f"{said} is unknown: choose {' or '.join(choices)}")
+        raise UserError(f"{text} is unknown: choose {' or '.join(choices)}")
     values = converted if kind is tuple else (converted,)
     numbers = kind is not bool and not any(isinstance(value, str) for value in values)
     high = LARGEST if kind is int and option.high == math.inf else option.high
     if numbers and not all(abs(value) < math.inf for value in values):
-        raise UserError(f"{said}: it must be finite")
+        raise UserError(f"{text}: it must be finite")
     if numbers and not all(option.low <= value <= high for value in values):
-        raise UserError(f"{said}: it must be from {plain(option.low)} to {plain(high)}")
+        raise UserError(f"{text}: it must be from {plain(option.low)} to {plain(high)}")
     if kind is tuple:
         ordered = numbers and list(option.default) == sorted(option.default)
         if len(values) != len(option.default) or (ordered and list(values) != sorted(values)):
             what = "numbers in ascending order" if ordered else "values"
-            raise UserError(f"{said}: it must be {len(option.default)} {what}")
+            raise UserError(f"{text}: it must be {len(option.default)} {what}")
     return converted
 
 
@@ -109,7 +110,7 @@ def from_text(text, default):
         if text.lower() not in ("true", "false"):
             raise ValueError
         return text.lower() == "true"
-    if kind is str:  # ~ is the home folder at the start of a path, and of each in lists like --ckpt=a=A:B,C
+    if kind is str:  # ~ is the home folder at the start of each path, also in lists like --ckpt=a=A:B,C
         return re.sub(r"(?<![^,:=])~[^/,:]*", lambda home: os.path.expanduser(home[0]), text)
     if kind is tuple:
         return tuple(from_text(part.strip(), element(default)) for part in text.strip("()[] ").split(","))
@@ -128,7 +129,7 @@ def from_json(value, default):
 
 
 def element(default):
-    """An element of a tuple that stands for the type of all of them: a float if there is one."""
+    """An element of a tuple that has the type of all: a float if there is one."""
     return next((value for value in default if isinstance(value, float)), (*default, 0.0)[0])
 
 
@@ -141,9 +142,8 @@ class Parser(argparse.ArgumentParser):
 def parse(script, argv=None, presets=()):
     """The options of a script (its globals) in three dicts: Options, the preset's changes, values given.
 
-    `presets` names the options whose values select from PRESETS; later ones win. From a command
-    line (argv is None) it also installs the one-sentence excepthook. Exits with 2 for an unknown option,
-    naming the nearest.
+    presets: the options whose values select from PRESETS; later ones win. If argv is None, it reads the
+    command line and installs the one-sentence excepthook. Exits with 2 for an unknown option.
     """
     if argv is None:
         sys.excepthook = excepthook
@@ -158,12 +158,14 @@ def parse(script, argv=None, presets=()):
     wants_help = given.pop("help", False)
     for word in unknown:
         parser.error(f"unknown option {word}: {suggest(word, options)}")
-    named, offered, preset = script.get("PRESETS", {}), dict(options), {}
-    if "preset" in presets:  # a resumed run may have one that is gone
-        offered["preset"] = options["preset"]._replace(choices=("", *named))
-    given = {name: convert(name, offered[name], value) for name, value in given.items()}
+    script_presets = script.get("PRESETS", {})
+    allowed = dict(options)
+    if "preset" in presets:  # not in `options`: a resumed run may have one that no longer exists
+        allowed["preset"] = options["preset"]._replace(choices=("", *script_presets))
+    given = {name: convert(name, allowed[name], value) for name, value in given.items()}
+    preset = {}
     for name in presets:
-        preset.update(named.get(given.get(name, options[name].default), {}))
+        preset.update(script_presets.get(given.get(name, options[name].default), {}))
     if wants_help:
         in_force = {name: preset.get(name, option.default) for name, option in options.items()}
         print_help(parser, options, in_force)
@@ -184,16 +186,15 @@ def print_help(parser, options, in_force):
         low = f"from {plain(option.low)}" if option.low > -math.inf else ""
         high = f"to {plain(option.high)}" if option.high < math.inf else ""
         limits = choices or f"{low} {high}".strip()
-        print(f"  {f'--{name}={in_force[name]}':<32} {option.meaning}{f' ({limits})' * bool(limits)}")
+        print(f"  {f'--{name}={in_force[name]}':<32} {option.meaning}{f' ({limits})' if limits else ''}")
     sys.exit(0)
 
 
 def configure(script, argv=None):
     """Sets a training script's options, its globals, from `argv` or the command line; returns {name: value}.
 
-    An option that is not given has the value of the run that is resumed, else of PRESETS[preset],
-    PRESETS[dataset], its default. Raises UserError for impossible values and for an out_dir that holds a run,
-    unless it is resumed.
+    An option that is not given has the resumed run's value, else that of PRESETS[preset], PRESETS[dataset] or
+    the default. Raises UserError for impossible values, and if out_dir holds a run that is not resumed.
     """
     options, preset, given = parse(script, argv, presets=[n for n in ("dataset", "preset") if n in script])
     name = Path(script["__file__"]).stem
@@ -226,7 +227,7 @@ def holds_run(out_dir):
 
 
 def refuse_run(out_dir):
-    """Raises UserError for a folder with a run, or with files of its names that are not a run's."""
+    """Raises UserError for a folder with a run, or with other files that a run would overwrite."""
     hint = "give another --out_dir"
     if holds_run(out_dir):
         raise UserError(f"{out_dir} already holds a run: continue it with --resume=True, or {hint}")
@@ -234,14 +235,14 @@ def refuse_run(out_dir):
         if os.path.exists(out_dir / name):
             raise UserError(f"{out_dir} holds a run's {name}, but no ckpt.pt to continue: {hint}")
     file = out_dir / "config.json"
-    ours = file.exists() and "script" in read_json(file)  # of a run that failed before it saved
+    failed_early = file.exists() and "script" in read_json(file)  # a run, before it saved
     for name in ("config.json", "script.py", "log.jsonl", "crops.png"):
-        if not ours and os.path.exists(out_dir / name):
+        if not failed_early and os.path.exists(out_dir / name):
             raise UserError(f"{out_dir / name} is not a run's, and would be overwritten: {hint}")
 
 
 def saved_options(out_dir, script_name, options):
-    """The options of the run to resume, as its checkpoint holds them."""
+    """The options of the run to resume, from its checkpoint."""
     if not holds_run(out_dir):
         hint = "leave --resume out, or give the run's --out_dir"
         raise UserError(f"{out_dir} holds no run to resume (no ckpt.pt): {hint}")
@@ -251,18 +252,19 @@ def saved_options(out_dir, script_name, options):
         raise UserError(f"{out_dir} holds {what}: give another --out_dir")
     config = {key: convert(key, options[key], x) for key, x in saved["config"].items() if key in options}
     try:
-        beside = read_json(out_dir / "config.json")
+        file_config = read_json(out_dir / "config.json")
     except UserError as error:
-        print(f"warning: {error}: ckpt.pt decides")
+        print(f"warning: {error}: using ckpt.pt")
         return config
     for key, value in config.items():
-        said = f"--{key}={beside[key]}" if key in beside else f"nothing about --{key}"
-        if beside.get(key) != json.loads(json.dumps(value)) and key != "resume":
-            print(f"warning: config.json says {said}, ckpt.pt {value}: ckpt.pt decides")
+        text = f"--{key}={file_config[key]}" if key in file_config else f"nothing about --{key}"
+        if file_config.get(key) != json.loads(json.dumps(value)) and key != "resume":
+            print(f"warning: config.json says {text}, ckpt.pt {value}: using ckpt.pt")
     return config
 
 
 def tell_changes(out_dir, config, given):
+    """Prints the options that change on resuming. Raises UserError for one that must not."""
     free = ("resume", "out_dir", "data_dir")
     changed = [key for key, value in given.items() if key not in free and value != config[key]]
     for key in changed:
@@ -271,8 +273,8 @@ def tell_changes(out_dir, config, given):
             raise UserError(f"{out_dir} is a run with --{key}={config[key]}: {hint}")
     if {"max_steps", "epochs", "batch_size"} & set(changed):
         print(
-            "note: the schedules now span the new number of steps, so the learning rate jumps; "
-            "for one unbroken schedule, give the new number to a new run in another --out_dir"
+            "note: the schedules now span the new number of steps, so the learning rate jumps; for an "
+            "unbroken schedule, start a new run with the new number in another --out_dir"
         )
     if changed:
         text = " ".join(f"--{key}={given[key]} (was {config[key]})" for key in changed)

@@ -1,7 +1,7 @@
 """Data sets with a class for every pixel, for seg_transfer.py and attn_viz.py.
 
-`masks` is int16 [n s s]: 0 background, 1 and up the classes, -1 what does not count. Images and masks are
-cropped to the middle square and resized to `image_size`, images antialiased, masks by the nearest pixel.
+`masks` is int16 [n s s]: 0 background, 1 and up the classes, -1 ignored. Images and masks are centre cropped
+to a square and resized to `image_size`, images antialiased, masks by the nearest pixel.
 """
 
 import functools
@@ -20,21 +20,18 @@ from twins.folders import image_files, splits, walk, warn_of_training_images
 DATASETS = ("shapes", "folder", "voc2012", "pet", "imagenet_s")
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
     person pottedplant sheep sofa train tvmonitor"""
-LARGEST = 1000  # class; ImageNet-S has 919
+LARGEST = 1000  # largest class; ImageNet-S has 919
 
 
 def has_masks(dataset, data_dir):
-    """Whether this data set has masks: a `folder` may hold images alone."""
+    """Whether this data set has masks: a `folder` may hold images only."""
     if dataset != "folder" or not Path(data_dir).is_dir():
         return dataset in DATASETS and dataset != "folder"
     return any((path / "masks").is_dir() for kind, path in splits(Path(data_dir)).items() if kind != "train")
 
 
 def load_masks(dataset, data_dir, image_size, split="train", skip_bad_images=False):
-    """One split, 'train' or 'test', with masks: Split.
-
-    Raises UserError for an unknown data set and for files that are absent, broken or foreign.
-    """
+    """One split, 'train' or 'test', with masks: Split. Raises UserError for absent or broken ones."""
     if dataset == "shapes":
         data = load("shapes", data_dir, image_size, split)
         return data._replace(labels=None, classes=["background", "object"], masks=data.masks.short())
@@ -44,7 +41,7 @@ def load_masks(dataset, data_dir, image_size, split="train", skip_bad_images=Fal
     root, images, paths, classes, ids = loaders[dataset](Path(data_dir), split)
     for image, mask in zip(images, paths, strict=True):
         if not os.path.isfile(mask):
-            raise UserError(f"{image} has no mask: {mask} is not there")
+            raise UserError(f"{image} has no mask: {mask} is missing")
     mask_of = dict(zip(images, paths, strict=True))
     pixels, images = cached(root, images, image_size, f"{dataset}-{split}", skip_bad_images)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -54,21 +51,21 @@ def load_masks(dataset, data_dir, image_size, split="train", skip_bad_images=Fal
         masks = without_soft_edges(masks, root)
     masks = torch.from_numpy(np.stack(masks))
     if masks.max() <= 0:
-        raise UserError(f"the masks of {root} hold no object, only background and what does not count")
+        raise UserError(f"the masks of {root} hold no object, only background and ignored pixels")
     classes = classes or [f"class {i}" if i else "background" for i in range(int(masks.max()) + 1)]
     return Split(pixels, None, classes, masks)
 
 
 def mask_folder(root, split):
-    """{train,val}/images/* and {train,val}/masks/* of the same names, best .png; 255 does not count."""
+    """{train,val}/images/* and {train,val}/masks/* of the same names, preferably .png; 255 is ignored."""
     names = ["train"] if split == "train" else ["test", "val"]
-    found = splits(root)
-    roots = [found[name] for name in names if name in found]
+    folder_of = splits(root)
+    roots = [folder_of[name] for name in names if name in folder_of]
     root = next((path for path in roots if (path / "images").is_dir() and (path / "masks").is_dir()), None)
     if root is None:
         raise UserError(f"--data_dir has no masks: no {names[-1]}/images/ with {names[-1]}/masks/ beside it")
-    if split == "test" and "train" in found:
-        warn_of_training_images(root, found["train"])
+    if split == "test" and "train" in folder_of:
+        warn_of_training_images(root, folder_of["train"])
     images, (masks, _) = image_files(root / "images"), walk(root / "masks")
     masks.sort(key=lambda mask: mask.endswith(".png"))  # of two masks, the .png one
     masks = {stem(root / "masks", mask): mask for mask in masks}
@@ -78,13 +75,13 @@ def mask_folder(root, split):
 
 
 def stem(folder, path):
-    """The path of a file below a folder, without its suffix."""
+    """A file's path relative to a folder, without its suffix."""
     return os.path.splitext(below(folder, path))[0]
 
 
 def one_channel(pixels):
-    """Pixels [h w 2] or [h w 3 or 4] with equal colour channels -> grey [h w]; others unchanged."""
-    colours = 3 if pixels.shape[-1] > 2 else 1  # the rest is transparency
+    """Pixels [h w 2] or [h w 3 or 4] with equal colour channels -> grey [h w]; others are unchanged."""
+    colours = 3 if pixels.shape[-1] > 2 else 1  # another channel is transparency
     same = pixels.ndim == 3 and (pixels[..., :colours] == pixels[..., :1]).all()
     return pixels[..., 0] if same else pixels
 
@@ -106,11 +103,11 @@ def without_soft_edges(masks, root):
 
 
 def voc2012(root, split):
-    """PASCAL VOC 2012: root holds VOCdevkit/VOC2012 or is one of the two; 255, void, does not count."""
+    """PASCAL VOC 2012: root holds VOCdevkit/VOC2012 or is one of the two; 255, void, is ignored."""
     places = [root / "VOCdevkit" / "VOC2012", root / "VOC2012", root]
     home = next((path for path in places if (path / "JPEGImages").is_dir()), None)
     if home is None:
-        from torchvision.datasets import VOCSegmentation  # here, for the import takes a second
+        from torchvision.datasets import VOCSegmentation  # imported here because it takes a second
 
         fetch(VOCSegmentation, root, image_set="train")
         home = places[0]
@@ -121,15 +118,15 @@ def voc2012(root, split):
 
 
 def lines_of(path):
-    """The first word of each line. Raises UserError without any."""
+    """The first word of each line. Raises UserError if there is none."""
     lines = path.read_text().splitlines() if path.is_file() else []
     if not lines:
-        raise UserError(f"{path}, the list of images, is absent or empty: unpack the data set again")
+        raise UserError(f"{path}, the list of images, is missing or empty: unpack the data set again")
     return [line.split()[0] for line in lines if line.strip()]
 
 
 def pet(root, split):
-    """Oxford-IIIT Pet as torchvision keeps it: a pet is 1, background 2, the border of 3 does not count."""
+    """Oxford-IIIT Pet as torchvision stores it: 1 is pet, 2 background, 3 the border, which is ignored."""
     from torchvision.datasets import OxfordIIITPet
 
     fetch(OxfordIIITPet, root, split="trainval" if split == "train" else "test", target_types="segmentation")
@@ -143,11 +140,12 @@ def pet(root, split):
 def imagenet_s(root, split):
     """ImageNet-S (2106.03149) as its scripts lay it out: id = R + 256 G, 0 is `other`, 1000 is void."""
     name = "train-semi" if split == "train" else "validation"
-    if not (root / f"{name}-segmentation").is_dir():
-        hint = "give a folder such as ImageNetS50, of github.com/LUSSeg/ImageNet-S"
-        raise UserError(f"{root} has no {name}-segmentation/: {hint}")
-    images, masks = image_files(root / name), root / f"{name}-segmentation"
-    masks = [str(masks / Path(path).relative_to(root / name).with_suffix(".png")) for path in images]
+    folder = root / f"{name}-segmentation"
+    if not folder.is_dir():
+        hint = "give a folder such as ImageNetS50 from github.com/LUSSeg/ImageNet-S"
+        raise UserError(f"{root} has no {folder.name}/: {hint}")
+    images = image_files(root / name)
+    masks = [str(folder / Path(path).relative_to(root / name).with_suffix(".png")) for path in images]
 
     def ids(pixels):
         return ignoring(1000)(pixels[..., 0] + 256 * pixels[..., 1])
@@ -166,26 +164,26 @@ def decode_mask(path, image, size, ids):
     try:
         with Image.open(path) as mask:
             if mask.mode == "P" and mask.getpalette()[:6] == [255, 255, 255, 0, 0, 0]:
-                raise ValueError("its palette has white for class 0 and black for class 1, save it in grey")
-            inexact = mask.format == "JPEG"  # black and white at most
+                raise ValueError("its palette has white for class 0 and black for class 1: save it in grey")
+            is_lossy = mask.format == "JPEG"  # so only black and white can be told apart
             mask = ImageOps.exif_transpose(mask)
-            if inexact:
+            if is_lossy:
                 mask = mask.convert("L").point(lambda value: 255 * (value > 127))
             width, height = mask.size
             pixels = np.asarray(ImageOps.fit(mask, (size, size), Image.Resampling.NEAREST))
-            if pixels.dtype.kind == "f" and (pixels != pixels.round()).any():  # NaN, too
-                raise ValueError("it holds fractions, a mask has whole numbers")
+            if pixels.dtype.kind == "f" and (pixels != pixels.round()).any():  # also for NaN
+                raise ValueError("it holds fractions, but a mask has whole numbers")
             pixels = ids(pixels.astype(np.int32))
         if pixels.ndim != 2:
-            raise ValueError("it has colours, a mask has a number for each pixel")
+            raise ValueError("it has colours, but a mask has one number per pixel")
         if pixels.max() > LARGEST or pixels.min() < -1:
-            worst = pixels.min() if pixels.min() < -1 else pixels.max()
-            raise ValueError(f"it has a class {worst}, {LARGEST} is the largest")
+            wrong = pixels.min() if pixels.min() < -1 else pixels.max()
+            raise ValueError(f"it has class {wrong}, {LARGEST} is the largest")
         with Image.open(image) as photograph:
             on_its_side = photograph.getexif().get(0x0112, 1) >= 5
             sides = photograph.size[::-1] if on_its_side else photograph.size
-    except Exception as error:  # Pillow raises many kinds for broken files
+    except Exception as error:  # Pillow raises many types for broken files
         raise UserError(f"{path} cannot be read as a mask ({error}): fix or remove it") from None
     if (width, height) != sides:
-        raise UserError(f"{path} is {width} x {height} pixels, its image {sides[0]} x {sides[1]}")
+        raise UserError(f"{path} is {width} x {height} pixels, but its image {sides[0]} x {sides[1]}")
     return pixels.astype(np.int16)

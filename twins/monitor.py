@@ -1,42 +1,41 @@
 """Monitoring of a run: features and their k-NN accuracy, signs of collapse."""
 
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from twins.datasets import from_bytes, normalise, resize
 from twins.errors import UserError
-from twins.processes import gather, global_mean, shard, to_float32
+from twins.processes import global_mean, map_shards
 
-COLLAPSED_RANK = 0.25  # a RankMe below this share of random weights' is a collapse
+COLLAPSED_RANK = 0.25  # a run collapsed if its RankMe is below this share of random weights'
 
 
-@torch.no_grad()
 def features(backbone, images, indices, device, autocast, batch_size=500, size=0):
     """[CLS] features float32 [m d] of the images uint8 [n 3 s s] at indices int64 [m], resized to `size`."""
-    was_training, chunks = backbone.training, []
-    backbone.eval()
-    for chunk in tqdm(shard(indices).split(batch_size), "k-NN features", unit="batch", leave=False, delay=3):
-        pixels = images[chunk]
+
+    def cls_features(batch):
+        pixels = images[batch]
         if size and size != pixels.shape[-1]:
             pixels = resize(pixels, size, "bicubic")
-        with autocast:
-            z = backbone(normalise(from_bytes(pixels.to(device))))
-        chunks.append(to_float32(z))
+        return backbone(normalise(from_bytes(pixels.to(device))))
+
+    was_training = backbone.training
+    backbone.eval()
+    z = map_shards(cls_features, indices, autocast, "k-NN features", batch_size, leave=False)
     backbone.train(was_training)
-    return gather(torch.cat(chunks))
+    return z
 
 
 def knn(bank, bank_labels, queries, k=20, temperature=0.07):
     """Weighted k-NN (Wu et al., 1805.01978): features [n d], labels [n], queries [m d] -> votes [m classes].
 
-    A query's k nearest bank images by cosine vote with weight exp(cosine / temperature); the answer is the
-    argmax. A class without a vote has 0, others have more.
+    A query's k nearest bank images by cosine vote with weight exp(cosine / temperature); the prediction is
+    the argmax. Only a class without a vote has 0.
     """
-    bank, votes = F.normalize(bank, dim=1), []
+    bank = F.normalize(bank, dim=1)
+    votes = []
     for chunk in F.normalize(queries, dim=1).split(1000):
         similar, nearest = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
         empty = similar.new_zeros(len(chunk), int(bank_labels.max()) + 1)
@@ -51,21 +50,24 @@ def evaluate(backbone, data, bank, queries, device, autocast):
     over columns, times sqrt(d): 1 when they fill the sphere, 0 when they collapse (SimSiam, 2011.10566).
     rank is RankMe (2210.02885) of these features: exp of the entropy of their singular values.
     """
-    look, row = partial(features, backbone, data.images, size=data.image_size), {}
-    z = look(bank, device, autocast)
+    row = {}
+    z = features(backbone, data.images, bank, device, autocast, size=data.image_size)
     if len(queries):
-        votes = knn(z, data.labels[bank].to(device), look(queries, device, autocast))
+        z_queries = features(backbone, data.images, queries, device, autocast, size=data.image_size)
+        votes = knn(z, data.labels[bank].to(device), z_queries)
         row["knn"] = (votes.argmax(1) == data.labels[queries].to(device)).float().mean()
     if not z.isfinite().all():
         raise UserError("the features are not finite: try a lower --base_lr")
     z = F.normalize(z[:4096], dim=1)
     p = torch.linalg.svdvals(z)
     p = p / p.sum().clamp(min=1e-12) + 1e-7  # all features may be 0
-    return row | {"feature_std": z.std(0).mean() * z.shape[1] ** 0.5, "rank": (-(p * p.log()).sum()).exp()}
+    row["feature_std"] = z.std(0).mean() * z.shape[1] ** 0.5
+    row["rank"] = (-(p * p.log()).sum()).exp()
+    return row
 
 
 def not_finite(modules):
-    """Which weight or gradient of {name: module} has a norm that is not finite; '' for none."""
+    """The first weight or gradient of {name: module} whose norm is not finite; '' if there is none."""
     tensors = {}
     for name, module in modules.items():
         for inner, p in module.named_parameters():
@@ -81,15 +83,15 @@ def entropy(p):
 
 
 def collapse(rows, steps, config):
-    """One sentence if a run's log shows features that collapse, else ''. config: the run's options.
+    """One sentence if a run's log shows signs of collapse, else ''. config: the run's options.
 
     Signs in evaluations, after the learning-rate warm-up: RankMe below a quarter of its first value, or k-NN
-    below that of random weights twice in a row. Signs in the last rows, 4 % of the run and two at least: a
-    teacher that is uniform, constant or the same as the student.
+    below that of random weights twice in a row. Signs in the last rows, 4 % of the run but at least two: a
+    teacher that is uniform, constant or equal to the student.
     """
     if not rows:
         return ""
-    warming_up = rows[-1].get("epoch", 0) < config.get("warmup_epochs", 0)  # nothing moves yet
+    warming_up = rows[-1].get("epoch", 0) < config.get("warmup_epochs", 0)
     evaluations = [row for row in rows if "rank" in row] if "rank" in rows[-1] else []
     if len(evaluations) > 1 and not warming_up:
         first, last = evaluations[0], evaluations[-1]
@@ -119,9 +121,10 @@ def collapse(rows, steps, config):
 
 @torch.no_grad()
 def correlation_meters(z1, z2):
-    """c_diag, c_off: mean of the diagonal of C, and mean size off it, of two projections [b d]."""
+    """c_diag, c_off: mean diagonal and mean absolute off-diagonal element of C, of two projections [b d]."""
     z1, z2 = (z - global_mean(z.mean(0)) for z in (z1, z2))
     z1, z2 = (z / (global_mean(z.square().mean(0)) + 1e-6).sqrt() for z in (z1, z2))
-    c, d = global_mean(z1.T @ z2 / len(z1)), z1.shape[1]
+    c = global_mean(z1.T @ z2 / len(z1))
+    d = z1.shape[1]
     off = c.abs().sum() - c.diagonal().abs().sum()
     return {"c_diag": c.diagonal().mean(), "c_off": off / max(d * d - d, 1)}

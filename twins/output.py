@@ -23,7 +23,7 @@ PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR, errn
 
 
 class Stream:
-    """Standard output or error that may be closed, full or without Unicode: printing never ends a run."""
+    """Standard output or error that may be closed, full or not Unicode: printing never ends a run."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
@@ -42,45 +42,46 @@ class Stream:
 
 
 def protect_output():
-    """Makes printing safe, and bars rare in a file; under torchrun only rank 0 prints."""
+    """Makes printing safe and progress bars rare in a file; under torchrun only rank 0 prints."""
     if sys.__stderr__:
-        faulthandler.enable(sys.__stderr__)  # a file that is cut off while it is mapped: SIGBUS
+        faulthandler.enable(sys.__stderr__)  # for SIGBUS: a mapped file was truncated
     sys.stdout, sys.stderr = Stream(sys.stdout), Stream(sys.stderr)
-    bars = {} if sys.stderr.isatty() else {"mininterval": 15}  # seconds; in a file each time is a line
+    bars = {} if sys.stderr.isatty() else {"mininterval": 15}  # seconds; in a file each update is a line
     if under_torchrun() and os.environ["RANK"] != "0":
         sys.stdout, bars = Stream(None), {"disable": True}
     tqdm.__init__ = functools.partialmethod(NEW_BAR, **bars)
 
 
 def excepthook(kind, error, trace):
-    """Stands in for sys.excepthook while a script runs."""
+    """Replaces sys.excepthook while a script runs."""
     close_bars()
     number = int(os.environ["RANK"]) if under_torchrun() else 0
-    reason, said = first_line(error), ""
+    reason = first_line(error)
+    message = ""
     if is_sentence(error, trace):
         if number:  # if rank 0 prints the same sentence, torchrun ends this process meanwhile
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(SECONDS_FOR_RANK_0)
-        said = f"error on rank {number}: {error}" if number else f"error: {error}"
+        message = f"error on rank {number}: {error}" if number else f"error: {error}"
     elif rank_was_lost(error):
-        said = f"error: rank {number} stops, another process of this run ended or hangs ({reason}); "
-        said += "ckpt.pt is unchanged since the last save, continue with --resume=True"
+        message = f"error: rank {number} stops, another process of this run ended or hangs ({reason}); "
+        message += "ckpt.pt is unchanged since the last save, continue with --resume=True"
     elif memory_is_full(error):
-        said = f"error: {reason}; what was saved before is unchanged; "
-        said += "a smaller network, smaller images or a smaller --batch_size needs less memory"
+        message = f"error: {reason}; what was saved before is unchanged; "
+        message += "a smaller network, smaller images or a smaller --batch_size needs less memory"
     elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
-        said = f"error: torch.compile fails here ({reason}): use --compile=False"
+        message = f"error: torch.compile fails here ({reason}): use --compile=False"
     elif isinstance(error, torch.linalg.LinAlgError):
-        said = f"error: the features or weights are too large to compute with ({reason})"
+        message = f"error: the features or weights are too large to compute with ({reason})"
     elif isinstance(error, OSError) and error.errno in PATH_ERRORS:
-        said = f"error: {error.filename} cannot be used ({error.strerror})"
+        message = f"error: {error.filename} cannot be used ({error.strerror})"
     elif issubclass(kind, KeyboardInterrupt):
-        said = "stopped; what was saved before is unchanged"
-    if said:
-        print(said, file=sys.stderr)
+        message = "stopped; what was saved before is unchanged"
+    if message:
+        print(message, file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
-    if dist.is_initialized():  # gloo's threads would abort Python at exit, and leaving the group would block
+    if dist.is_initialized():  # gloo's threads would abort Python at exit, leaving the group would block
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
@@ -92,6 +93,6 @@ def memory_is_full(error):
 
 
 def rank_was_lost(error):
-    """True for what a collective operation raises when another process is gone."""
+    """Whether a collective operation raised this because another process is gone."""
     words = "peer|[Cc]onnection|NCCL|[Tt]imed out"
     return world() > 1 and isinstance(error, RuntimeError) and re.search(words, str(error))

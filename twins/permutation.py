@@ -1,14 +1,14 @@
 """A permutation test over runs: do groups of runs differ by more than runs of one group do?
 
-    d[r, s] = how far apart two runs are
+    d[r, s] = distance between two runs
     effect = mean d between groups - mean over groups of the mean d within
     p = share of the assignments of runs to groups that have at least this effect
 
 Whole runs are permuted: permuting images would mistake two seeds of one script for two scripts. Runs of one
 seed start from the same weights and see the same views, so they are never compared, and runs are permuted
-within their seed; seeds with equally many runs are also permuted as blocks. This is a paired test
-if all groups have the same seeds, an unpaired one if no two runs share a seed. It tests equal distributions:
-groups whose runs merely differ in spread are rejected, too.
+within their seed; seeds with equally many runs are also permuted as blocks. The test is paired if all groups
+have the same seeds, unpaired if no two runs share a seed. Its null hypothesis is equal distributions, so it
+also rejects groups that differ in spread alone.
 
 Letters in shapes:  n images  r runs  g groups  w assignments of runs to groups
 """
@@ -27,7 +27,7 @@ SPREAD = 1.5  # ratio of within-group divergences above which the spread alone c
 def between_within(d, groups, seeds):
     """Mean d [... r r] between groups [...] and within each [... g]; groups int64 [... r], seeds int64 [r].
 
-    Pairs of one seed do not count. NaN where there is no pair.
+    Pairs with the same seed do not count. NaN where there is no pair.
     """
     counts = (seeds[:, None] != seeds).double()
     member = F.one_hot(groups).double()
@@ -39,7 +39,7 @@ def between_within(d, groups, seeds):
 
 
 def effect_of(d, groups, seeds):
-    """between - within of between_within(), a group counting once however many runs it has -> [...]."""
+    """between - within of between_within(), with equal weight for each group -> [...]."""
     between, within = between_within(d, groups, seeds)
     return between - within.nanmean(-1)
 
@@ -56,7 +56,7 @@ def arrangements(items):
 
 
 def arrangements_of_rows(rows):
-    """All distinct orders of rows and, within each row, of its items."""
+    """All distinct orders of rows and of the items within each row."""
     for order in arrangements(rows):
         yield from product(*map(arrangements, order))
 
@@ -66,9 +66,9 @@ def count_arrangements(items):
 
 
 def assignments(groups, seeds, permutations, rng):
-    """Groups of runs under the null hypothesis, int64 [w r], and whether these are all ways there are.
+    """Groups of runs under the null hypothesis, int64 [w r], and whether they are all that there are.
 
-    groups, seeds: int64 [r]. If there are more ways than `permutations`, that many are drawn at random.
+    groups, seeds: int64 [r]. If there are more than `permutations`, that many are drawn at random.
     """
     runs_of_seed = [(seeds == seed).nonzero()[:, 0].numpy() for seed in seeds.unique()]
     sizes = sorted({len(runs) for runs in runs_of_seed})
@@ -79,8 +79,8 @@ def assignments(groups, seeds, permutations, rng):
     exact = ways <= permutations
     assigned = np.empty((ways if exact else permutations, len(groups)), dtype=np.int64)
     if exact:
-        for i, chosen in enumerate(product(*map(arrangements_of_rows, rows))):
-            for block, values in zip(blocks, chosen, strict=True):
+        for i, arrangement in enumerate(product(*map(arrangements_of_rows, rows))):
+            for block, values in zip(blocks, arrangement, strict=True):
                 assigned[i, block.ravel()] = np.ravel(values)
     else:
         for block, values in zip(blocks, labels, strict=True):
@@ -102,22 +102,24 @@ def permutation_test(d, groups, seeds, permutations, seed):
     """The test on d [n r r] of n images, groups and seeds int64 [r], with a bootstrap interval over images.
 
     Returns {between, within, within_groups [g], effect, ratio, interval95, paired, p, exact, smallest_p,
-    spread_differs}; smallest_p is the least that these runs could give. If no group has two runs of different
-    seeds there is no within, and only `between` is returned.
+    spread_differs}; smallest_p is the smallest that these runs could give. Only `between` is returned if no
+    group has two runs with different seeds.
     """
     groups = groups.unique(return_inverse=True)[1]
-    rng, mean = np.random.default_rng((seed, 5)), d.double().mean(0)
+    rng = np.random.default_rng((seed, 5))
+    mean = d.double().mean(0)
     between, within_groups = between_within(mean, groups, seeds)
     within = within_groups.nanmean()
     if not (between.isfinite() and within.isfinite()):
         every_pair = torch.arange(len(seeds))
         return {"between": between_within(mean, groups, every_pair)[0].item()}
     assigned, exact = assignments(groups, seeds, permutations, rng)
-    effect, effects = between - within, effect_of(mean, assigned, seeds)
+    effect = between - within
+    effects = effect_of(mean, assigned, seeds)
     as_large = (effects >= effect - 1e-9).sum().item()
     largest = (effects >= effects.max() - 1e-9).sum().item()
-    images = effect_of(d, groups, seeds)  # [n]
-    samples = images[torch.from_numpy(rng.integers(len(images), size=(2000, len(images))))].mean(1)
+    by_image = effect_of(d, groups, seeds)  # [n]
+    samples = by_image[torch.from_numpy(rng.integers(len(d), size=(2000, len(d))))].mean(1)
     spreads = within_groups[within_groups.isfinite()]
     return {
         "between": between.item(),
@@ -135,7 +137,7 @@ def permutation_test(d, groups, seeds, permutations, seed):
 
 
 def sentence(test, names, level=0.05):
-    """The answer of permutation_test() on attention maps, in words; `names` of the groups, in order."""
+    """The result of permutation_test() on attention maps, in words; names: of the groups, in order."""
     if "p" not in test:
         return (
             f"The attention maps of {', '.join(names)} differ by {test['between']:.3f} bits. Whether "
@@ -147,7 +149,7 @@ def sentence(test, names, level=0.05):
     figures = (
         f"{test['between']:.3f} bits between scripts, {test['within']:.3f} between seeds of one "
         f"({test['ratio']:.2f} times; effect {test['effect']:.3f} bits, {low:.3f} to {high:.3f} over images)"
-        f", {'exact ' * test['exact']}p = {test['p']:.2g}{paired[test['paired']]}"
+        f", {'exact p' if test['exact'] else 'p'} = {test['p']:.2g}{paired[test['paired']]}"
     )
     maps = f"the attention maps of {', '.join(names)}"
     if test["p"] <= level:

@@ -1,4 +1,4 @@
-"""The pictures that a run writes, as the bytes of PNG files, and what all pictures share.
+"""The pictures that a run writes, as PNG bytes, and what all pictures share.
 
 Letters in shapes:  b images  s v side in pixels
 """
@@ -26,9 +26,9 @@ NAMES = {  # as a paper prints them
     "tvmonitor": "TV monitor",
 }
 BY_TIME = "k-NN accuracy by time"
-PANELS = {  # of curves.png: how names of log columns begin; the first that fits
+PANELS = {  # of curves.png: {title: prefixes of log columns}; the first match counts
     "k-NN accuracy": ("knn",),
-    BY_TIME: (),  # drawn besides
+    BY_TIME: (),  # filled from "knn"
     "entropy, divergence (nats)": ("teacher_entropy", "kl"),
     "feature std, C": ("feature_std", "c_diag", "c_off"),
     "effective rank (RankMe)": ("rank",),
@@ -47,26 +47,17 @@ def printed(name):
 
 @functools.cache
 def load_matplotlib():
-    """The module, imported late, for it takes a second.
+    """The module, imported late because it takes a second.
 
-    A notebook's MPLBACKEND may name a package that is absent here, which would end the import.
+    A notebook's MPLBACKEND may name a package that is not installed here, so the import would fail.
     """
     backend = os.environ.pop("MPLBACKEND", None)
     try:
-        import matplotlib.backends.backend_agg
         import matplotlib.figure
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
     return matplotlib
-
-
-def new_figure(width, height, **layout):
-    """A matplotlib figure, sides in inches, that needs neither a screen nor pyplot."""
-    matplotlib = load_matplotlib()
-    figure = matplotlib.figure.Figure(figsize=(width, height), **layout)
-    matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
-    return figure
 
 
 def png(figure):
@@ -78,10 +69,7 @@ def png(figure):
 
 
 def curves_picture(rows):
-    """curves.png: every number of a log's rows (a list of dicts) against the step, in panels by meaning.
-
-    k-NN accuracy is drawn against the minutes of training as well; a row without `seconds` is at 0.
-    """
+    """curves.png: the numbers of a log's rows against the step, in panels; k-NN also against minutes."""
     curves = {title: {} for title in ("loss and its parts", *PANELS)}
     for row in rows:
         for name, value in row.items():
@@ -90,13 +78,13 @@ def curves_picture(rows):
                 curves[title].setdefault(name, []).append((row["step"], value))
                 if name == "knn":
                     curves[BY_TIME].setdefault(name, []).append((row.get("seconds", 0) / 60, value))
-    drawn = {title: lines for title, lines in curves.items() if title and lines}
-    lines = -(-len(drawn) // 3)
-    figure = new_figure(12, max(3.2 * lines, 1), layout="constrained")
-    for i, (title, columns) in enumerate(drawn.items()):
+    panels = {title: columns for title, columns in curves.items() if title and columns}
+    lines = -(-len(panels) // 3)
+    figure = load_matplotlib().figure.Figure(figsize=(12, max(3.2 * lines, 1)), layout="constrained")
+    for i, (title, columns) in enumerate(panels.items()):
         axis = figure.add_subplot(lines, 3, i + 1)
         for name, points in columns.items():
-            width = 4 if name == "loss" else 1.5  # it may be equal to its only part
+            width = 4 if name == "loss" else 1.5  # wider, as it may coincide with its only part
             marker = "." if len(points) < 30 else None
             axis.plot(*zip(*points, strict=True), label=name, linewidth=width, marker=marker)
         axis.set(title=title, xlabel="minutes of training" if title == BY_TIME else "step")
@@ -105,13 +93,14 @@ def curves_picture(rows):
 
 
 def crops_picture(images, views, names):
-    """crops.png: images uint8 [b 3 s s] and their normalised views, a list of [b 3 v v], a column each."""
-    from PIL import Image, ImageDraw  # not matplotlib: a run starts half a second sooner
+    """crops.png: images uint8 [b 3 s s] and their normalised views, a list of [b 3 v v], one column each."""
+    from PIL import Image, ImageDraw  # not matplotlib, which delays a run's start by half a second
 
     std, mean = (torch.tensor(values)[:, None, None] for values in (STD, MEAN))
     columns = [from_bytes(images.cpu())] + [view.cpu() * std + mean for view in views]
     zoom = max(160 // images.shape[-1], 1)
-    cell, heading = zoom * images.shape[-1] + 8, 24
+    cell = zoom * images.shape[-1] + 8
+    heading = 24
     sheet = Image.new("RGB", (cell * len(columns), cell * len(images) + heading), "gainsboro")
     pen = ImageDraw.Draw(sheet)
     for i, (column, name) in enumerate(zip(columns, ["image", *names], strict=True)):

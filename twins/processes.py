@@ -1,4 +1,4 @@
-"""Device and precision of a run, and the processes of torchrun: N processes compute what one would."""
+"""A run's device and precision; torchrun's processes, of which N compute what one would."""
 
 import atexit
 import ctypes
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from twins.errors import UserError, first_line
 
@@ -45,7 +46,7 @@ def setup(device, dtype, seed):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         number = torch.zeros((), device=device)
-        number.item()  # meta has none
+        number.item()  # raises on meta
         device = number.device
     except (RuntimeError, AssertionError, ImportError) as error:
         problem = first_line(error)[:120]
@@ -58,32 +59,32 @@ def setup(device, dtype, seed):
     if under_torchrun() and not dist.is_initialized():
         hook = sys.excepthook
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        sys.excepthook = hook  # torch's would print what it says only after it returns
+        sys.excepthook = hook  # torch's hook prints the output of ours only after ours returns
         atexit.register(leave_group)
     if device.type == "cpu" and sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc: keep freed memory, a step takes up to a fifth less time
+        if hasattr(libc, "mallopt"):  # glibc: keep freed memory; a step takes up to 20 % less time
             libc.mallopt(-4, 0)  # M_MMAP_MAX
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def precision(dtype, device):
-    """What --dtype means on a torch.device: auto is bfloat16 where that is faster, else float32."""
+    """--dtype with auto resolved on a torch.device: bfloat16 where it is faster, else float32."""
     if dtype != "auto":
         return dtype
     return "bfloat16" if bfloat16_is_faster(device) else "float32"
 
 
 def bfloat16_is_faster(device):
-    """Whether products are faster in bfloat16: asked of a GPU, measured on a CPU with instructions for it.
+    """Whether matrix products are faster in bfloat16: a GPU tells, a CPU that supports it is measured.
 
-    Without such instructions a CPU emulates bfloat16, and products take up to minutes. With them AMD's are
-    two to four times as fast as in float32, but Intel's without AMX half as fast.
+    A CPU without bfloat16 instructions emulates them, and products can take minutes. With them, products on
+    AMD are two to four times as fast as in float32, but on Intel without AMX half as fast.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch's own; not documented
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # undocumented
     if device.type == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in names):
         return product_speed(device, torch.bfloat16, 512) > product_speed(device, torch.float32, 512)
     return False
@@ -92,38 +93,42 @@ def bfloat16_is_faster(device):
 def compile_blocks(module):
     """Compiles the members of a module's ModuleLists, such as a ViT's blocks; without any, the module itself.
 
-    Blocks share their code, which is compiled once for all of them and for all sizes of views.
+    Blocks share their code, which is compiled once for all of them and for all view sizes.
     """
-    lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
-    options = {"fallback_random": True}  # the random numbers of a run that is not compiled
-    for part in [block for blocks in lists for block in blocks] or [module]:
-        part.compile(dynamic=True, options=options)
+    blocks = []
+    for child in module.modules():
+        if isinstance(child, nn.ModuleList):
+            blocks.extend(child)
+    options = {"fallback_random": True}  # the same random numbers as without compilation
+    for block in blocks or [module]:
+        block.compile(dynamic=True, options=options)
 
 
 @functools.cache
 def product_speed(device, dtype, n):
-    """FLOP/s of a product of n x n matrices, the best of 20; the same answer for a whole run."""
-    x, seconds = torch.linspace(-1, 1, n * n, device=device).to(dtype).view(n, n), []
+    """FLOP/s of a product of n x n matrices, the best of 20; measured once per process."""
+    x = torch.linspace(-1, 1, n * n, device=device).to(dtype).view(n, n)
+    seconds = []
     for _ in range(20):
         start = time.perf_counter()
-        (x @ x)[0, 0].item()  # waits for it
+        (x @ x)[0, 0].item()  # waits for the result
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 / min(seconds)
 
 
 def leave_group():
-    """Gloo's threads may still hold tensors; torch 2.10 and 2.11 abort Python if it exits meanwhile."""
+    """Waits for gloo's threads, which may still hold tensors: torch 2.10 and 2.11 would abort at exit."""
     time.sleep(0.1)
     dist.destroy_process_group()
 
 
 def seed_step(seed, step):
-    """Makes torch's random numbers a function of (seed, step), so that a resumed run is bit-identical."""
+    """Makes torch's random numbers a function of (seed, step), so a run resumes bit-identically."""
     torch.manual_seed(int(np.random.SeedSequence((seed, 2, step)).generate_state(1, np.uint64)[0]))
 
 
 class MeanOverProcesses(torch.autograd.Function):
-    """all_reduce has no gradient. With gradients averaged here, DistributedDataParallel is exact."""
+    """all_reduce has no gradient; this one averages it, so that DistributedDataParallel is exact."""
 
     @staticmethod
     def forward(ctx, x):
@@ -159,7 +164,7 @@ class BatchNorm1d(nn.BatchNorm1d):
 def batch_rand(n, rows, batch_size, device):
     """Uniform random numbers [n rows] for `rows` "(v b)": v views of this process's batch_size images.
 
-    They are the columns that a single process would draw for these images.
+    They are the numbers that a single process would draw for these images.
     """
     numbers = torch.rand(n, rows * world(), device=device)
     if world() == 1:
@@ -181,6 +186,16 @@ def gather(x):
     return torch.cat(shards).to(x.device)
 
 
+@torch.no_grad()
+def map_shards(function, x, autocast, title, batch_size=500, leave=True):
+    """function(batch) for batches of x [n ...], shared by all processes: its results joined, in float32."""
+    chunks = []
+    for batch in tqdm(shard(x).split(batch_size), title, unit="batch", leave=leave, delay=3):
+        with autocast:
+            chunks.append(to_float32(function(batch)))
+    return gather(torch.cat(chunks))
+
+
 def distributed(module):
     """The module, with gradients that are the mean over all processes."""
     if world() == 1:
@@ -190,12 +205,12 @@ def distributed(module):
 
 
 def to_float32(x):
-    """bfloat16 from autocast -> float32; float64 stays float64."""
+    """bfloat16 (from autocast) -> float32; float64 is unchanged."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def to_numbers(row):
-    """Replaces a dict's tensors by numbers, their means over all processes."""
+    """A dict with its tensors replaced by numbers, their means over all processes."""
     names = [name for name, value in row.items() if isinstance(value, torch.Tensor)]
     if not names:
         return dict(row)

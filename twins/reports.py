@@ -53,19 +53,19 @@ def write_report(folder, study):
 
 
 def read_attention(folder):
-    """What attn_viz.py found of a study's runs: attention.json in its folder, {} if it holds no test."""
+    """What attn_viz.py measured of a study's runs: attention.json in its folder, {} if it holds no test."""
     file = Path(folder) / "attention.json"
-    found = read_json(file) if file.exists() else {}
-    if not found.get("tests"):
+    attention = read_json(file) if file.exists() else {}
+    if not attention.get("tests"):
         return {}
     try:
-        sentence(found["tests"][0], found["tests"][0]["groups"])
-        mean, groups, seeds = divergences(found)
+        sentence(attention["tests"][0], attention["tests"][0]["groups"])
+        mean, groups, seeds = divergences(attention)
         if mean.shape != (len(groups), len(seeds)):
             raise ValueError
     except (KeyError, TypeError, ValueError, IndexError):
         raise UserError(f"{file} is broken: remove it, and run attn_viz.py again") from None
-    return found
+    return attention
 
 
 def divergences(attention):
@@ -74,7 +74,7 @@ def divergences(attention):
 
 
 def report_study(rows, study, attention=None):
-    """{file name: content} of the README.md and figures of a study's rows and read_attention()."""
+    """{file name: content}: README.md and figures, from a study's rows and read_attention()."""
     groups = group_rows(rows)
     if study == "search" and any(row["label"] != "trial" for row in rows):
         study = "later round"
@@ -97,11 +97,11 @@ def report_study(rows, study, attention=None):
 
 def provenance(rows):
     """The sentences on commits, devices, cost, and the rule of collapse."""
-    commits = {row["git_commit"][:8] + " with edits" * row["git_edited"] for row in rows}
+    commits = {row["git_commit"][:8] + (" with edits" if row["git_edited"] else "") for row in rows}
     several = f"rows of {len(commits)} commits, whose code may differ: " if len(commits) > 1 else "commit "
     devices = "; ".join(sorted({row["device"] for row in rows}))
-    budget, hours = rows[0]["budget"], sum(row["seconds"] for row in rows) / 3600
-    cost = f"{budget:g} PFLOP a run, {hours:.2g} hours of training in all, on {devices}"
+    hours = sum(row["seconds"] for row in rows) / 3600
+    cost = f"{rows[0]['budget']:g} PFLOP a run, {hours:.2g} hours of training in all, on {devices}"
     rule = (
         "Collapsed: RankMe below a quarter of the untrained network's, k-NN accuracy below it, or a loss "
         "that is not finite. Held-out k-NN: on training images that no run trained on."
@@ -125,10 +125,7 @@ def percent(values):
 
 
 def points(differences):
-    """Mean and 95 % interval of differences of shares, in points: ('+1.0', '+0.5 to +1.5').
-
-    One difference has no interval: a dash.
-    """
+    """Mean and 95 % interval of differences of shares, in points: ('+1.0', '+0.5 to +1.5'); '-' for n = 1."""
     if len(differences) == 1:
         return f"{100 * differences[0]:+.1f}", "-"
     low, high = t_interval(differences)
@@ -146,11 +143,11 @@ def report_search(groups):
     for title, rows in groups.items():
         values = [trial_knn(row) for row in rows]
         curves[title] = expected_best(values)
-        sound, k = [row for row in rows if not row["collapsed"]], len(values)
-        shown = [f"{100 * curves[title][n - 1]:.1f}" if n <= k else "" for n in (1, 4, 8, 16)]
-        top = f"{100 * max(values):.1f}" if sound else "all collapsed"
+        k = len(values)
+        expected = [f"{100 * curves[title][n - 1]:.1f}" if n <= k else "" for n in (1, 4, 8, 16)]
+        best = "all collapsed" if all(row["collapsed"] for row in rows) else f"{100 * max(values):.1f}"
         accuracies = [percent([row[name] for row in rows]) for name in ("knn_init", "knn")]
-        lines.append([title, k, collapsed_share(rows), *accuracies, *shown, top])
+        lines.append([title, k, collapsed_share(rows), *accuracies, *expected, best])
     columns = ["method", "trials", "collapsed (95 %)", "untrained", "k-NN of trials"]
     columns += [f"expected best of {n}" for n in (1, 4, 8, 16)] + ["best"]
     return [table(columns, lines), *best_settings(groups)], {"expected-best.png": best_figure(curves)}
@@ -160,9 +157,9 @@ def report_later_round(groups):
     lines = []
     for title, rows in groups.items():
         for row in rows:
-            measured = [f"{100 * row['knn']:.1f}", f"{row['rank']:.1f}", "yes" if row["collapsed"] else "no"]
+            trained = [f"{100 * row['knn']:.1f}", f"{row['rank']:.1f}", "yes" if row["collapsed"] else "no"]
             untrained = [f"{100 * row['knn_init']:.1f}", f"{row['rank_init']:.1f}"]
-            lines.append([title, row["label"], row["steps"], *measured, *untrained])
+            lines.append([title, row["label"], row["steps"], *trained, *untrained])
     columns = ["method", "setting", "steps", METRIC, "RankMe", "collapsed"]
     columns += ["k-NN, untrained", "RankMe, untrained"]
     return [table(columns, lines), *best_settings(groups)], {}
@@ -196,10 +193,11 @@ def report_models(groups):
         lines.append([title, len(rows), *cost, collapsed_share(rows), ranks, *spreads(rows, names)])
     columns = ["method", "seeds", "PFLOP", "steps", "views", "minutes"]
     columns += ["collapsed (95 %)", "RankMe (untrained)"]
-    tables, panels = [table([*columns, *names], lines)], {}
+    tables = [table([*columns, *names], lines)]
+    panels = {}
     for name in names:
         pairs = {f"{b} - {a}": paired(groups[b], groups[a], name) for a, b in combinations(groups, 2)}
-        if panel := {label: found for label, found in pairs.items() if found}:
+        if panel := {label: differences for label, differences in pairs.items() if differences}:
             panels[name] = panel
             tables.append(differences_table(name, panel))
     figures = {"cost.png": cost_figure(groups)}
@@ -212,8 +210,8 @@ def report_removal(groups):
     tables, panels = [], {}
     for title, rows in groups.items():
         runs, panel = pair_with_full(rows)
-        now, random = (percent([row[name] for row in runs["full"]]) for name in ("knn", "knn_init"))
-        tables.append(f"{title}: {METRIC} {now} with nothing removed, {random} with random weights.")
+        full, untrained = (percent([row[name] for row in runs["full"]]) for name in ("knn", "knn_init"))
+        tables.append(f"{title}: {METRIC} {full} with nothing removed, {untrained} with random weights.")
         if panel:
             panels[title] = panel
             tables.append(differences_table(title, panel, runs))
@@ -222,22 +220,23 @@ def report_removal(groups):
 
 def differences_table(name, panel, runs=None):
     """Mean, interval and p of paired differences; given each label's runs, collapse and verdict too."""
-    ps, lines = [sign_flip_p(found) for found in panel.values()], []
-    for (label, found), p, corrected in zip(panel.items(), ps, holm(ps), strict=True):
-        line = [label, len(found), *points(found), f"{p:.3f}", f"{corrected:.3f}"]
+    columns = [name, "pairs", "points", "95 % interval", "p", "p (Holm)"]
+    if runs:
+        columns += ["collapsed (95 %)", "verdict"]
+    ps = [sign_flip_p(differences) for differences in panel.values()]
+    lines = []
+    for (label, differences), p, corrected in zip(panel.items(), ps, holm(ps), strict=True):
+        line = [label, len(differences), *points(differences), f"{p:.3f}", f"{corrected:.3f}"]
         if runs:
-            can_it_go = verdict(t_interval(found), learned(runs["full"])) if label.endswith("off") else "-"
+            is_off = label.endswith("off")
+            can_it_go = verdict(t_interval(differences), learned(runs["full"])) if is_off else "-"
             line += [collapsed_share(runs[label]), can_it_go]
         lines.append(line)
-    columns = [name, "pairs", "points", "95 % interval", "p", "p (Holm)"]
-    return table(columns + (["collapsed (95 %)", "verdict"] if runs else []), lines)
+    return table(columns, lines)
 
 
 def fill(page, text_of):
-    """Replaces the text of a page from <!-- KIND NAME --> to <!-- end KIND --> by text_of(KIND, NAME).
-
-    Raises UserError for a page without such lines.
-    """
+    """Replaces the text between <!-- KIND NAME --> and <!-- end KIND --> in a page by text_of(KIND, NAME)."""
     text = page.read_text(encoding="utf-8")
     if not BLOCK.search(text):
         raise UserError(f"{page} has no lines <!-- KIND NAME --> and <!-- end KIND -->")
@@ -252,19 +251,20 @@ def fill(page, text_of):
 
 def table_of(file):
     """Markdown of attention.json, of seg_transfer.json, or of a list of probes: {"probes": [...]}."""
-    found, lines = read_json(file), []
-    if "probes" in found:  # top-1 accuracies in %, and ours - scikit-learn's
-        for row in found["probes"]:
+    report = read_json(file)
+    lines = []
+    if "probes" in report:  # top-1 accuracies in %, and ours - scikit-learn's
+        for row in report["probes"]:
             lines.append([*row.values(), f"{row['ours'] - row['scikit-learn']:+.1f}"])
-        return table([*found["probes"][0], "difference"], lines)
-    if "runs" not in found:
-        for name, result in found["results"].items():
+        return table([*report["probes"][0], "difference"], lines)
+    if "runs" not in report:
+        for name, result in report["results"].items():
             lines.append([name, f"{100 * result['miou']:.1f}", f"{100 * result['pixel_accuracy']:.1f}"])
         return table(["linear head on", "mIoU", "pixel accuracy"], lines)
-    for name in found["names"]:  # means over heads and images, then over runs
-        runs = [run for run in found["runs"] if run["group"] == name]
+    for name in report["names"]:  # means over heads and images, then over runs
+        runs = [run for run in report["runs"] if run["group"] == name]
         means = [np.mean([run[column] for run in runs]) for column in ("mass_over_area", "entropy_bits")]
         lines.append([printed(name), *(f"{mean:.2f}" for mean in means)])
-    images, uniform = f"{found['images']} photographs", found["runs"][0]["entropy_uniform"]
-    columns = [f"{images}, {found['image_size']} pixels", "mass on the object / its area"]
-    return table([*columns, f"entropy, bits (uniform {uniform:.2f})"], lines)
+    images = f"{report['images']} photographs, {report['image_size']} pixels"
+    entropy = f"entropy, bits (uniform {report['runs'][0]['entropy_uniform']:.2f})"
+    return table([images, "mass on the object / its area", entropy], lines)

@@ -1,4 +1,4 @@
-"""Segmentation by patch tokens: heads, the scores of predictions, and the ceiling of a patch grid.
+"""Segmentation from patch tokens: heads, scores of predictions, and the ceiling of a patch grid.
 
 Letters in shapes:  b n images  s image side  y x patch grid  d width  c classes
 """
@@ -15,7 +15,7 @@ from twins.datasets import from_bytes, normalise
 from twins.errors import UserError
 from twins.processes import to_float32
 
-PIXELS = 2**25  # scores computed at a time when nothing is learned
+PIXELS = 2**25  # class scores computed at a time in evaluation
 
 
 class Head(nn.Module):
@@ -23,7 +23,9 @@ class Head(nn.Module):
 
     def __init__(self, dim, classes, size):
         super().__init__()
-        self.norm, self.conv, self.size = nn.BatchNorm2d(dim), nn.Conv2d(dim, classes, 1), size
+        self.norm = nn.BatchNorm2d(dim)
+        self.conv = nn.Conv2d(dim, classes, 1)
+        self.size = size
 
     def forward(self, x):
         scores = self.conv(self.norm(to_float32(x)))
@@ -31,11 +33,12 @@ class Head(nn.Module):
 
 
 class Finetuned(nn.Module):
-    """A copy of a backbone and a new head of `head`. Images uint8 [b 3 s s] -> class scores [b c s s]."""
+    """A copy of a backbone and a new head(). Images uint8 [b 3 s s] -> class scores [b c s s]."""
 
     def __init__(self, backbone, head):
         super().__init__()
-        self.backbone, self.head = copy.deepcopy(backbone), head()
+        self.backbone = copy.deepcopy(backbone)
+        self.head = head()
 
     def forward(self, x):
         return self.head(patch_tokens(self.backbone, x))
@@ -50,11 +53,11 @@ def patch_tokens(backbone, images):
 def score(prediction, masks, classes):
     """Prediction and truth, int16 [n s s] -> {miou, pixel_accuracy, iou [classes]}.
 
-    The iou of a class that is in neither is None. Pixels of truth -1 do not count; UserError if all are.
+    The iou of a class that occurs in neither is None. Pixels with truth -1 are ignored; UserError if all are.
     """
     counts = masks >= 0
     if not counts.any():
-        raise UserError("the masks hold nothing that counts: every pixel is marked to be ignored")
+        raise UserError("the masks mark every pixel as ignored")
     pairs = masks[counts].long() * classes + prediction[counts].long()
     confusion = pairs.bincount(minlength=classes**2).view(classes, classes).double()  # truth, prediction
     intersection = confusion.diagonal()
@@ -68,9 +71,9 @@ def score(prediction, masks, classes):
 
 
 def best_of_grid(masks, patch_size, classes):
-    """The ceiling, int16 [n s s] -> same: the shares of the classes in each patch, upsampled as scores are.
+    """The ceiling, int16 [n s s] -> same: each patch's class shares, upsampled like scores.
 
-    Scores optimised for the upsampling can do a little better (98 instead of 96 on `shapes`).
+    Scores optimised for the upsampling can be slightly better (98 instead of 96 on `shapes`).
     """
     chunks = []
     for chunk in masks.split(max(PIXELS // (classes * masks[0].numel()), 1)):

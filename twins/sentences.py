@@ -13,9 +13,9 @@ VERDICTS = ("one seed so far", "too little learned", "can go", "cannot go", "unc
 def compare(groups, measure):
     """{(hybrid, single loss): (paired differences, p of their mean after Holm over all of these)}."""
     hybrids, singles = split_titles(groups)
-    found = {(h, s): paired(groups[h], groups[s], measure) for h in hybrids for s in singles}
-    ps = holm([sign_flip_p(differences) for differences in found.values()])
-    return {pair: (found[pair], p) for pair, p in zip(found, ps, strict=True)}
+    differences = {(h, s): paired(groups[h], groups[s], measure) for h in hybrids for s in singles}
+    ps = holm([sign_flip_p(values) for values in differences.values()])
+    return {pair: (differences[pair], p) for pair, p in zip(differences, ps, strict=True)}
 
 
 def compare_models(models, measure):
@@ -24,24 +24,25 @@ def compare_models(models, measure):
     Yes: a hybrid is better than both single losses; no: both hybrids are worse than one of these; yes and no:
     and better than the other.
     """
-    (hybrids, singles), found = split_titles(models), compare(models, measure)
-    n = min(len(differences) for differences, _ in found.values())
+    hybrids, singles = split_titles(models)
+    comparisons = compare(models, measure)
+    n = min(len(differences) for differences, _ in comparisons.values())
 
     def significant(h, s, sign):
-        differences, p = found[h, s]
+        differences, p = comparisons[h, s]
         return p < SIGNIFICANT and sign * np.mean(differences) > 0
 
-    def some_single(sign):
+    def all_hybrids_against_one(sign):
         return any(all(significant(h, s, sign) for h in hybrids) for s in singles)
 
-    texts = [list_sides({s: found[h, s][0] for s in singles}) for h in hybrids]
+    texts = [list_sides({s: comparisons[h, s][0] for s in singles}) for h in hybrids]
     if any(all(significant(h, s, 1) for s in singles) for h in hybrids):
         word = "Yes: "
-    elif some_single(-1):
-        word = "Yes and no: " if some_single(1) else "No: "
+    elif all_hybrids_against_one(-1):
+        word = "Yes and no: " if all_hybrids_against_one(1) else "No: "
     else:
         word = ""
-    seeds = f"{n} seed{'s' * (n != 1)}"
+    seeds = count_seeds(n)
     if not any(" than " in text for text in texts):
         return f"Inconclusive with {seeds}."
     if len(set(texts)) == 1:
@@ -52,24 +53,25 @@ def compare_models(models, measure):
 
 
 def list_sides(differences):
-    """{single loss: differences} -> "better than A, worse than B", where the 95 % interval leaves out 0."""
+    """{single loss: differences} -> "better than A, worse than B", where the 95 % interval excludes 0."""
     sides = {"better than": [], "worse than": [], "no clear difference from": []}
-    for single, found in differences.items():
-        low, high = t_interval(found)
+    for single, values in differences.items():
+        low, high = t_interval(values)
         side = "better than" if low > 0 else "worse than" if high < 0 else "no clear difference from"
         sides[side].append(single)
     return ", ".join(f"{side} {' and '.join(names)}" for side, names in sides.items() if names)
 
 
 def compare_trials(search):
-    """In how many random settings each hybrid is better; in one trial, methods share the common options."""
-    counted = {title: [{**row, "knn": trial_knn(row)} for row in rows] for title, rows in search.items()}
-    counts, found = {}, compare(counted, METRIC)
-    for (hybrid, single), (differences, p) in found.items():
+    """In how many random settings each hybrid is better; within a trial, methods share common options."""
+    trials = {title: [{**row, "knn": trial_knn(row)} for row in rows] for title, rows in search.items()}
+    comparisons = compare(trials, METRIC)
+    counts = {}
+    for (hybrid, single), (differences, p) in comparisons.items():
         sign, verb = (1, "beats") if np.mean(differences) > 0 else (-1, "loses to")
         count = sum(sign * difference > 0 for difference in differences)
         counts.setdefault(hybrid, []).append(f"{verb} {single} in {count} (p = {p:.3f})")
-    n = min(len(differences) for differences, _ in found.values())
+    n = min(len(differences) for differences, _ in comparisons.values())
     text = "; ".join(f"{hybrid} {', '.join(texts)}" for hybrid, texts in counts.items())
     return f"Of {n} random settings (failures count as untrained; p: mean difference), {text}."
 
@@ -78,7 +80,7 @@ def compare_collapse(search):
     """Whether fewer random settings of a hybrid collapse than of DINO, and by RankMe alone."""
     if "DINO" not in search or not split_titles(search)[0]:
         return "Not answered yet: that needs a search with DINO and a hybrid."
-    budget, n = search["DINO"][0]["budget"], len(search["DINO"])
+    dino = search["DINO"]
     collapsed, ps = failures(search, lambda row: row["collapsed"])
     fell, rank_ps = failures(search, rank_fell)
     fewer = all(collapsed[title] < collapsed["DINO"] and p < SIGNIFICANT for title, p in ps.items())
@@ -88,20 +90,21 @@ def compare_collapse(search):
         return ", ".join(f"{counts[title]} of {title}'s (p = {p:.3f})" for title, p in ps.items())
 
     word = "Yes" if fewer and fewer_fell else "Fewer settings fail" if fewer else "Not significant"
+    by_rank = "By RankMe alone" if fewer_fell else "By RankMe alone, not significant"
     return (
-        f"{word}. Of {n} random settings at {budget:g} PFLOP, {collapsed['DINO']} of DINO's fail, "
-        f"{count(collapsed, ps)}: final k-NN below that of random weights (possibly just slow learning), or "
-        f"RankMe below a quarter of theirs. By RankMe alone{', not significant' * (not fewer_fell)}: "
-        f"{fell['DINO']} of DINO's, {count(fell, rank_ps)}."
+        f"{word}. Of {len(dino)} random settings at {dino[0]['budget']:g} PFLOP, {collapsed['DINO']} of "
+        f"DINO's fail, {count(collapsed, ps)}: final k-NN below that of random weights (possibly just slow "
+        f"learning), or RankMe below a quarter of theirs. {by_rank}: {fell['DINO']} of DINO's, "
+        f"{count(fell, rank_ps)}."
     )
 
 
 def failures(search, failed):
-    """{method: number of trials that failed}, {hybrid: Holm's p of its difference from DINO, by trial}."""
+    """{method: number of trials for which failed(row)}, {hybrid: Holm's p of its difference from DINO}."""
     titles = ("DINO", *split_titles(search)[0])
-    counted = {title: [{**row, "knn": failed(row)} for row in search[title]] for title in titles}
-    ps = {hybrid: p for (hybrid, _), (_, p) in compare(counted, METRIC).items()}
-    return {title: sum(row["knn"] for row in rows) for title, rows in counted.items()}, ps
+    trials = {title: [{**row, "knn": failed(row)} for row in search[title]] for title in titles}
+    ps = {hybrid: p for (hybrid, _), (_, p) in compare(trials, METRIC).items()}
+    return {title: sum(row["knn"] for row in rows) for title, rows in trials.items()}, ps
 
 
 def compare_attention(attention):
@@ -122,49 +125,59 @@ def list_removals(removals):
     sentences = []
     for title, rows in removals.items():
         runs, differences = pair_with_full(rows)
-        full, lists, absent = runs["full"], {}, []
+        if not differences:
+            continue
+        full = runs["full"]
         gain = learned(full)
-        for label, found in differences.items():
+        changes, absent = {}, []
+        for label, values in differences.items():
             name, _, state = label.rpartition(" ")
             if state == "on":
                 absent.append(name)
                 continue
-            word = "one seed so far" if len(found) == 1 else verdict(t_interval(found), gain)
-            name = "all at once" if name == "all" else name
+            outcome = "one seed so far" if len(values) == 1 else verdict(t_interval(values), gain)
+            change = f"{'all at once' if name == 'all' else name} {100 * np.mean(values):+.1f}"
             count = sum(row["collapsed"] for row in runs[label])
-            share = f"{count} of {len(found)} " * (count < len(found))
-            failed = f" ({share}failed)" * bool(count)
-            lists.setdefault(word, []).append(f"{name} {100 * np.mean(found):+.1f}{failed}")
-        text = "; ".join(f"{word}: {', '.join(lists[word])}" for word in sorted(lists, key=VERDICTS.index))
-        now, random = (100 * np.mean([row[name] for row in full]) for name in ("knn", "knn_init"))
-        level = f"k-NN {now:.1f}, untrained {random:.1f}, {full[0]['budget']:g} PFLOP"
-        level += f", already without {', '.join(absent)}" * bool(absent)
-        counts = sorted({len(found) for found in differences.values()})
-        seeds = f"{' or '.join(map(str, counts))} seed{'s' * (counts[-1:] > [1])}"
-        sentences += [f"{title} ({seeds}; {level}): {text}."] if differences else []
+            if count:
+                change += f" ({count} of {len(values)} failed)" if count < len(values) else " (failed)"
+            changes.setdefault(outcome, []).append(change)
+        outcomes = sorted(changes, key=VERDICTS.index)
+        text = "; ".join(f"{outcome}: {', '.join(changes[outcome])}" for outcome in outcomes)
+        trained, untrained = (100 * np.mean([row[name] for row in full]) for name in ("knn", "knn_init"))
+        level = f"k-NN {trained:.1f}, untrained {untrained:.1f}, {full[0]['budget']:g} PFLOP"
+        if absent:
+            level += f", already without {', '.join(absent)}"
+        seeds = count_seeds(*sorted({len(values) for values in differences.values()}))
+        sentences.append(f"{title} ({seeds}; {level}): {text}.")
     return " ".join(sentences) or "Not answered yet: no removal has been run."
+
+
+def count_seeds(*counts):
+    """1 -> "1 seed"; 2, 3 -> "2 or 3 seeds"."""
+    return f"{' or '.join(map(str, counts))} {'seed' if counts == (1,) else 'seeds'}"
 
 
 def when_yes(models):
     """When an answer is yes or no, and how many seeds that takes."""
-    n, (hybrids, singles) = min(map(len, models.values())), split_titles(models)
-    pairs, enough = len(hybrids) * len(singles), n
-    while pairs * 2 / 2**enough > SIGNIFICANT:
+    n = min(map(len, models.values()))
+    hybrids, singles = split_titles(models)
+    enough = n
+    while len(hybrids) * len(singles) * 2 / 2**enough > SIGNIFICANT:
         enough += 1
-    more = f": {enough} seeds; with {n} no p is below {2 / 2**n:.2g}" * (enough > n)
+    more = f": {enough} seeds; with {n} no p is below {2 / 2**n:.2g}" if enough > n else ""
     return f"Except for attention, a yes or no needs p < {SIGNIFICANT} (paired sign-flip test, Holm){more}."
 
 
 def variants(models):
-    """How the hybrids' settings differ from what README draws: "Hybrid A and Hybrid B: `--head=two`"."""
-    found = {}
+    """How the hybrids differ from the figure in README: "Hybrid A and Hybrid B: `--head=two`"."""
+    titles_of = {}
     for title, rows in models.items():
         setting = rows[0]["setting"]
         if setting.get("head") == "two":
-            found.setdefault("`--head=two`", []).append(title)
+            titles_of.setdefault("`--head=two`", []).append(title)
         if setting.get("cc_local") and setting.get("n_local"):
-            found.setdefault("`--cc_local=True`", []).append(title)
-    return "; ".join(f"{' and '.join(titles)}: {option}" for option, titles in found.items())
+            titles_of.setdefault("`--cc_local=True`", []).append(title)
+    return "; ".join(f"{' and '.join(titles)}: {option}" for option, titles in titles_of.items())
 
 
 def main_measure(models):

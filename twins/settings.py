@@ -11,7 +11,7 @@ import numpy as np
 from twins.errors import UserError
 from twins.keys import read_options
 
-MECHANISMS = {  # {name: ({option: value without it}, {option: value with it})}; functions get all values
+MECHANISMS = {  # {name: ({option: value without it}, {option: value with it})}, see toggle()
     "centering": ({"centering": False}, {"centering": True}),
     "sharpening": ({"tau_t": lambda now: now["tau_s"]}, {"tau_t": 0.04}),
     "tau_t warm-up": (
@@ -38,9 +38,9 @@ def read_script(path, presets):
     if not {"max_steps", "save_every"} <= options.keys():
         raise UserError(f"there is no training script {path}")
     options = {name: option.default for name, option in options.items()}
-    known = runpy.run_path(str(path), run_name="study").get("PRESETS", {})
+    script_presets = runpy.run_path(str(path), run_name="study").get("PRESETS", {})
     for name in presets:
-        options.update(known.get(name, {}))
+        options.update(script_presets.get(name, {}))
     return options
 
 
@@ -48,7 +48,7 @@ def draw_setting(space, seed, trial, options):
     """{option: value}, a random setting for those of `options` that the space has.
 
     space: {option: list of values, or (low, high) to draw log-uniformly between}. A value depends on (seed,
-    trial, option) alone, so in one trial, scripts get equal values for the options they share.
+    trial, option) alone, so within a trial, scripts get equal values for the options they share.
     """
     setting = {}
     for option, values in space.items():
@@ -63,10 +63,7 @@ def draw_setting(space, seed, trial, options):
 
 
 def with_changes(best, changes, options):
-    """{change: the setting `best` with it} for each of the changes "wd=0.1;wd=0.1 n_local=0".
-
-    Raises UserError for what is not an option with a number or a truth value.
-    """
+    """{change: the setting `best` with it} for changes "wd=0.1;wd=0.1 n_local=0". Raises UserError."""
     settings = {}
     for words in filter(None, changes.split(";")):
         pairs = dict(word.partition("=")[::2] for word in words.split())
@@ -81,9 +78,9 @@ def with_changes(best, changes, options):
 
 
 def toggle(mechanism, setting, options):
-    """(the setting with a mechanism off, "off"), or with it on and "on" if the setting does without it.
+    """(the setting with a mechanism off, "off"), or (with it on, "on") if the setting does without it.
 
-    mechanism: ({option: value without it}, {option: value with it}); a function gets all values in force.
+    mechanism: ({option: value without it}, {option: value with it}); a value may be a function of all values.
     """
     now = {**options, **setting}
     off, on = ({name: v(now) if callable(v) else v for name, v in changes.items()} for changes in mechanism)
@@ -93,20 +90,21 @@ def toggle(mechanism, setting, options):
 
 
 def removals(mechanisms, setting, options, only=""):
-    """{label: setting}: in full, each of {name: mechanism} toggled alone, all that are on switched off.
+    """{label: setting}: the full one, each of {name: mechanism} toggled alone, all that are on switched off.
 
-    only: the names of some, separated by commas, "all" for the last. Raises UserError for an unknown one.
+    only: names separated by commas, "all" for the last; "": each. Raises UserError for an unknown name.
     """
-    settings, all_off = {}, setting
+    toggled = {}
+    all_off = setting
     for name, mechanism in mechanisms.items():
-        if not all(changes.keys() <= options.keys() for changes in mechanism):  # a fork does without it
+        if not all(changes.keys() <= options.keys() for changes in mechanism):  # a fork may lack it
             continue
-        settings[name] = toggle(mechanism, setting, options)
-        if settings[name][1] == "off":
+        toggled[name] = toggle(mechanism, setting, options)
+        if toggled[name][1] == "off":
             all_off, _ = toggle(mechanism, all_off, options)
-    settings["all"] = all_off, "off"
-    names = only.split(",") if only else settings
-    if unknown := [name for name in names if name not in settings]:
-        raise UserError(f"{unknown[0]} is no mechanism: choose from {', '.join(settings)}")
-    changed = {f"{name} {state}": found for name, (found, state) in settings.items() if name in names}
+    toggled["all"] = all_off, "off"
+    names = only.split(",") if only else toggled
+    if unknown := [name for name in names if name not in toggled]:
+        raise UserError(f"{unknown[0]} is not a mechanism: choose from {', '.join(toggled)}")
+    changed = {f"{name} {state}": new for name, (new, state) in toggled.items() if name in names}
     return {"full": setting, **changed}

@@ -1,12 +1,12 @@
-"""What a step of a training script costs: seconds, floating-point operations, memory.
+"""The cost of a training script's step: seconds, floating-point operations, memory.
 
     python twins/stopwatch.py result.json 2 3 "" dino.py --dataset=shapes
 
-runs dino.py in a temporary folder, 2 steps to warm up and 3 that count, and writes result.json: {first:
-seconds until the first step was done, seconds: of a step, views: share of it that data.multi_crop takes,
-n_views: of an image, flop: of a step, absent if it is compiled, peak_gib: on a GPU}. A file in place of ""
-gets a trace of three more steps; result.json then holds {operations: {name: share of a step's time}} too. A
-run that fails prints its own error and writes nothing.
+runs dino.py in a temporary folder, 2 warm-up steps and 3 measured ones, and writes result.json: {first:
+seconds until the first step was done, seconds: of a step, views: share of it spent in data.multi_crop,
+n_views: per image, flop: of a step, absent if compiled, peak_gib: on a GPU}. A file name instead of "" is for
+a trace of three more steps; result.json then also holds {operations: {name: share of a step's time}}. A run
+that fails prints its own error and writes nothing.
 """
 
 import contextlib
@@ -30,26 +30,26 @@ from twins.run import Run
 TRACED = 3
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-ATTENTION = {  # on a CPU, which FlopCounterMode leaves out
+ATTENTION = {  # on a CPU, which FlopCounterMode omits
     FLASH: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     FLASH_BACKWARD: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v),
 }
 
 
 class Measured(Exception):
-    """All steps are done."""
+    """Raised when all steps are done."""
 
 
 class Stopwatch:
-    """Stands in for Run.update() and `crop`, which makes views, while a script runs.
-
-    The last step raises Measured. The operations are those of the second step. `result` is what the file's
-    docstring describes.
-    """
+    """Replaces Run.update() and `crop`, which makes views, until the last step raises Measured."""
 
     def __init__(self, warmup, steps, trace, crop):
-        self.warmup, self.steps, self.trace, self.begun = warmup, steps, trace, time.perf_counter()
-        self.update, self.crop, self.done, self.spans, self.result = Run.update, crop, 0, [], {}
+        self.warmup, self.steps, self.trace = warmup, steps, trace
+        self.update, self.crop = Run.update, crop
+        self.begun = time.perf_counter()
+        self.done = 0  # steps
+        self.spans = []  # (start, end) of each call of `crop`
+        self.result = {}
         self.counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
         self.profiler = torch.profiler.profile()
         self.cuda = torch.cuda.is_available()
@@ -70,25 +70,26 @@ class Stopwatch:
     def views(self, *args):
         start = self.mark()
         with torch.profiler.record_function("views"):
-            made = self.crop(*args)
+            views = self.crop(*args)
         self.spans.append((start, self.mark()))
-        self.result["n_views"] = len(made)
-        return made
+        self.result["n_views"] = len(views)
+        return views
 
     def step(self, run):
         self.update(run)
         self.done += 1
-        counts = not run.config["compile"]
+        count_flop = not run.config["compile"]
         if self.done == 1:
             self.cuda = run.device.type == "cuda"
             self.result["first"] = self.now() - self.begun
-            if counts:
+            if count_flop:
                 self.counter.__enter__()
-        if self.done == 2 and counts:
+        if self.done == 2 and count_flop:
             self.counter.__exit__(None, None, None)
             self.result["flop"] = self.counter.get_total_flops()
         if self.done == self.warmup:
-            self.spans, self.start = [], self.now()
+            self.spans.clear()
+            self.start = self.now()
         if self.done == self.warmup + self.steps:
             self.finish_timing()
             if not self.trace:
@@ -102,7 +103,8 @@ class Stopwatch:
             raise Measured
 
     def finish_timing(self):
-        seconds, views = self.now() - self.start, 0.0
+        seconds = self.now() - self.start
+        views = 0.0
         for start, end in self.spans:
             views += start.elapsed_time(end) / 1000 if self.cuda else end - start
         self.result.update(seconds=seconds / self.steps, views=views / seconds)
@@ -114,14 +116,14 @@ class Stopwatch:
         rows = [row for row in self.profiler.key_averages() if row.device_type == cpu]
         of_device = "self_device_time_total" if self.cuda else "self_cpu_time_total"
         times = {row.key: getattr(row, of_device) for row in rows}
-        total = sum(times.values()) or 1  # a GPU that forbids profiling reports none
+        total = sum(times.values()) or 1  # a GPU that forbids profiling reports no times
         longest = sorted(times.items(), key=lambda item: -item[1])[:20]
         return {name: spent / total for name, spent in longest}
 
 
 def measure(warmup, steps, trace, script):
     """Runs a training script, whose options are in sys.argv, until it is measured; returns the result."""
-    data = importlib.import_module("data")  # by name: twins/ imports nothing above it
+    data = importlib.import_module("data")  # by name: twins/ imports nothing from above
     watch = Stopwatch(warmup, steps, trace, data.multi_crop)
     data.multi_crop = watch.views
     Run.update = lambda run: watch.step(run)
@@ -131,9 +133,8 @@ def measure(warmup, steps, trace, script):
 
 
 if __name__ == "__main__":
-    file, warmup_steps, counted_steps, trace_file, training_script, *options = sys.argv[1:]
+    file, warmup_steps, measured_steps, trace_file, training_script, *options = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [training_script, *options, f"--out_dir={folder}"]
-        counts = int(warmup_steps), int(counted_steps)
-        measured = measure(*counts, trace_file, training_script)
-    write_file(Path(file), json.dumps(measured))
+        result = measure(int(warmup_steps), int(measured_steps), trace_file, training_script)
+    write_file(Path(file), json.dumps(result))

@@ -20,8 +20,9 @@ LABELS = {"search": ["trial", "by hand"], "models": ["full"], "removal": ["full"
 
 def read_rows(folder):
     """The rows of a study's finished runs, a list of dicts; [] if there are none yet. Raises UserError."""
-    file, seen = Path(folder) / "rows.jsonl", set()
+    file = Path(folder) / "rows.jsonl"
     rows = read_json_lines(file, is_sound)
+    seen = set()
     for row in rows:
         if (cell := (row["script"], row["label"], row["seed"])) in seen:
             raise UserError(f"{file} repeats the run {' '.join(map(str, cell))}: remove one")
@@ -30,7 +31,7 @@ def read_rows(folder):
 
 
 def is_sound(row):
-    """Whether a row has all of KINDS, a curve of pairs of numbers, and in `test`, if any, numbers alone."""
+    """Whether a row has all of KINDS, a curve of pairs of numbers, and only numbers in `test`, if any."""
     numbers = [*chain(*row["curve"]), *row.get("test", {}).values()]
     pairs = row["curve"] and all(len(point) == 2 for point in row["curve"])
     kinds = all(type(row[name]) is kind for name, kind in KINDS.items())
@@ -38,16 +39,17 @@ def is_sound(row):
 
 
 def write_rows(folder, rows):
-    """Rewrites all rows, so a kill never leaves half a row."""
+    """Rewrites all rows: a process killed meanwhile leaves no half-written row."""
     write_file(Path(folder) / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def check_rows(rows, study, folder):
-    """Raises UserError for rows of another study, and for rows that differ in their budgets."""
+    """Raises UserError for rows of another study, and for rows with different budgets."""
     for row in rows:
-        label, tested = row["label"].rstrip(" 0123456789"), "test" in row  # "trial 4" is a trial
-        changed = study == "search" and "=" in label
-        if not (changed or label in LABELS[study]) or (tested and study != "models"):
+        label = row["label"].rstrip(" 0123456789")  # "trial 4" is a trial
+        is_change = study == "search" and "=" in label
+        has_foreign_test = "test" in row and study != "models"
+        if has_foreign_test or not (is_change or label in LABELS[study]):
             raise UserError(f"{folder} holds {row['script']} {row['label']}: not a {study} study's row")
     if len(budgets := {row["budget"] for row in rows}) > 1:
         several = " and ".join(f"{budget:g}" for budget in sorted(budgets))
@@ -66,10 +68,7 @@ def unfinished(cells, study, folder, name_of):
 
 
 def run_results(folder, flop, diverged):
-    """What the row of a finished run says of it: provenance, cost, k-NN, RankMe, collapsed, curve.
-
-    flop: of a step. diverged: its loss was not finite; it then counts as its untrained network.
-    """
+    """What a finished run adds to its row. flop: of a step. diverged: it counts as its untrained network."""
     config = read_json(folder / "config.json")
     log = read_log(folder / "log.jsonl")
     evaluations = [row for row in log if "knn" in row]
@@ -127,31 +126,28 @@ def group_rows(rows):
 
 
 def measures(row):
-    """{name: value} of what a run is compared by; a run that diverged has no test results."""
+    """{name: value} of the measures that runs are compared by; a diverged run has no test results."""
     tests = {name.replace("knn", "k-NN"): value for name, value in row.get("test", {}).items()}
     return {METRIC: row["knn"], **tests}
 
 
 def pair_with_full(rows):
-    """{label: rows} of a script's removals, "full" first, and {label: differences} of those with pairs.
-
-    Full runs of seeds without a removal are left out.
-    """
+    """{label: rows} of a script's removals, "full" first, and {label: differences} of labels with pairs."""
     labels = sorted({row["label"] for row in rows} - {"full"}, key=REMOVALS.index)
-    seeds = {row["seed"] for row in rows if row["label"] != "full"}
+    seeds = {row["seed"] for row in rows if row["label"] != "full"}  # full runs of other seeds are left out
     rows = [row for row in rows if row["seed"] in seeds or not seeds]
     runs = {label: [row for row in rows if row["label"] == label] for label in ("full", *labels)}
     differences = {label: paired(runs[label], runs["full"], METRIC) for label in labels}
-    return runs, {label: found for label, found in differences.items() if found}
+    return runs, {label: values for label, values in differences.items() if values}
 
 
 def learned(rows):
-    """Mean k-NN accuracy of runs less that of random weights; 0 for no run."""
+    """Mean k-NN accuracy of runs minus that of random weights; 0 for no runs."""
     return sum(row["knn"] - row["knn_init"] for row in rows) / max(len(rows), 1)
 
 
 def paired(rows, others, name):
-    """Differences rows - others of a measure, for the seeds that both have, in the order of seeds."""
+    """Differences rows - others in a measure, for the seeds that both have, in order of seed."""
     first = {row["seed"]: measures(row)[name] for row in rows if name in measures(row)}
     second = {row["seed"]: measures(row)[name] for row in others if name in measures(row)}
     return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]

@@ -2,15 +2,15 @@
 
 import numpy as np
 
-from twins.pictures import new_figure, png
+from twins.pictures import load_matplotlib, png
 from twins.stats import t_interval
 
 METRIC = "held-out k-NN"
 
 
 def best_figure(curves):
-    """Expected k-NN accuracy of the best of n trials, {method: [k]}, as PNG bytes."""
-    figure = new_figure(5, 3.6, layout="constrained")
+    """Expected k-NN accuracy of the best of n trials, {method: [k]}."""
+    figure = load_matplotlib().figure.Figure(figsize=(5, 3.6), layout="constrained")
     axis = figure.subplots()
     for title, curve in curves.items():
         axis.plot(range(1, len(curve) + 1), 100 * np.array(curve), marker="o", markersize=3, label=title)
@@ -22,7 +22,7 @@ def best_figure(curves):
 
 def cost_figure(groups):
     """k-NN accuracy against PFLOP: a thin line per seed, a thick one for their mean."""
-    figure = new_figure(5, 3.6, layout="constrained")
+    figure = load_matplotlib().figure.Figure(figsize=(5, 3.6), layout="constrained")
     axis = figure.subplots()
     for i, (title, rows) in enumerate(groups.items()):
         for row in rows:
@@ -39,7 +39,8 @@ def differences_figure(panels, margin=None):
     """{panel: {label: differences}}: a dot per seed, mean and 95 % interval beside them, a line at zero."""
     labels = list(dict.fromkeys(label for panel in panels.values() for label in panel))
     columns, lines = min(len(panels), 3), -(-len(panels) // 3)
-    figure = new_figure(2.2 + 2.6 * columns, lines * (1 + 0.3 * len(labels)), layout="constrained")
+    size = (2.2 + 2.6 * columns, lines * (1 + 0.3 * len(labels)))
+    figure = load_matplotlib().figure.Figure(figsize=size, layout="constrained")
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for axis in axes[len(panels) :]:
         axis.remove()
@@ -47,13 +48,14 @@ def differences_figure(panels, margin=None):
         axis.axvline(0, color="black", linewidth=0.8)
         if margin:
             axis.axvline(100 * margin, color="grey", linewidth=0.8, linestyle="--")
-        for label, found in panel.items():
-            y, (low, high) = labels.index(label), t_interval(found)
-            points = 100 * np.array(found)
-            axis.plot(points, [y + 0.15] * len(found), "o", color="C0", markersize=3, alpha=0.6)
-            if len(found) > 1:
+        for label, differences in panel.items():
+            y = labels.index(label)
+            low, high = t_interval(differences)
+            points = 100 * np.array(differences)
+            axis.plot(points, [y + 0.15] * len(points), "o", color="C0", markersize=3, alpha=0.6)
+            if len(points) > 1:
                 axis.plot([100 * low, 100 * high], [y - 0.15] * 2, color="C3", linewidth=1.5)
             axis.plot(points.mean(), y - 0.15, "D", color="C3", markersize=4)
         axis.set(title=title, xlabel="difference, points", yticks=range(len(labels)), yticklabels=labels)
-    axes[0].invert_yaxis()  # of all
+    axes[0].invert_yaxis()  # the axes share it
     return png(figure)

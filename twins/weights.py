@@ -1,4 +1,4 @@
-"""Weights as people have them: exports, official DINO and DINOv2 files, timm's, however they are wrapped."""
+"""Weights in all common forms: exports, official DINO and DINOv2 files, timm's, however they are wrapped."""
 
 import contextlib
 import importlib
@@ -16,27 +16,27 @@ from twins.files import is_checkpoint, load_checkpoint, load_pickle, read_json, 
 from twins.keys import holds_run
 
 AVERAGED = re.compile(r"(^|[._])(teacher|ema|momentum)([._]|$)")  # a network that averages another's weights
-CLASSIFIERS = ("head", "head_dist", "fc", "fc_norm", "mask_token")  # no part of the features
+CLASSIFIERS = ("head", "head_dist", "fc", "fc_norm", "mask_token")  # not part of the features
 
 
 def read_backbone(path, network, heads, vit):
-    """A run, an export folder or a file -> (state dict, class, its arguments, what is known of it).
+    """A run, an export folder or a file -> (state dict, class, its arguments, metadata).
 
-    network, heads: as read_weights has them. vit: the class, unless a run names another one in a file beside
-    the scripts. Raises UserError for anything else, and for heads that contradict the file.
+    network, heads: as in read_weights(). vit: the class, unless a run names another one in a file beside the
+    scripts. Raises UserError for anything else, and for heads that contradict the file.
     """
     saved, file = read_saved(path)
     if is_checkpoint(saved):
-        state, vit, args, known = backbone_of(saved, file, network, vit)
+        state, vit, args, metadata = backbone_of(saved, file, network, vit)
     else:
-        state, args, known = read_weights(path, network, heads, saved)
+        state, args, metadata = read_weights(path, network, heads, saved)
     if heads and args.get("heads", heads) != heads:
         raise UserError(f"--heads={heads}: {path} says that it has {args['heads']}, leave --heads out")
-    return state, vit, args, known
+    return state, vit, args, metadata
 
 
 def read_saved(path):
-    """What torch.save wrote into a run's folder or a file, and its path; {} for others. Raises UserError."""
+    """The content of a run's folder or a file that torch.save wrote, {} for others; its path."""
     if path.is_dir():
         if not holds_run(path):
             return {}, path
@@ -48,7 +48,7 @@ def read_saved(path):
 
 
 def backbone_of(saved, path, network, vit):
-    """A run's backbone: its state dict, class and arguments, and {script, step, dataset ...} of it."""
+    """A run's backbone: its state dict, class and arguments; metadata {script, step, dataset ...}."""
     backbone = saved["backbone"]
     evaluated, _, inner = backbone["name"].partition(".")
     network = network or evaluated
@@ -64,15 +64,15 @@ def backbone_of(saved, path, network, vit):
         raise UserError(f"{path} {problem}: give it `args` with image_size and the rest, as vit.ViT has")
     prefix = f"{inner}." if inner else ""
     state = {name.removeprefix(prefix): x for name, x in saved[network].items() if name.startswith(prefix)}
-    known = {"script": saved["script"], "step": saved["step"], "network": network}
-    known.update({name: saved["config"].get(name, "") for name in ("dataset", "data_dir", "seed")})
+    metadata = {"script": saved["script"], "step": saved["step"], "network": network}
+    metadata.update({name: saved["config"].get(name, "") for name in ("dataset", "data_dir", "seed")})
     module = saved["script"] if backbone["module"] == "__main__" else backbone["module"]
     if (module, backbone["class"]) != ("vit", "ViT"):  # a fork's, which may compute something else
         vit = getattr(import_own(module), backbone["class"], None)
         if not (isinstance(vit, type) and issubclass(vit, torch.nn.Module)):
             remedy = "put it beside the scripts, in a package (__init__.py) if it is in a folder"
             raise UserError(f"{path} needs the class {backbone['class']} of {module}: {remedy}")
-    return state, vit, args, known
+    return state, vit, args, metadata
 
 
 def import_own(module):
@@ -89,34 +89,33 @@ def import_own(module):
 
 
 def read_weights(path, network, heads, saved):
-    """A file or export folder -> (state dict of timm's names, arguments of vit.ViT, what is known of it).
+    """A file or export folder -> (state dict with timm's names, arguments of vit.ViT, metadata).
 
-    network: which one, where there are several; '': the teacher. heads: attention heads, where the file does
-    not say; 0: width / 64, as in all official ViTs. saved: what torch.save wrote into the file, if it did.
-    LayerScale is folded into the layer before it. Raises UserError for anything but one ViT whose every
-    tensor is known.
+    network: which one, if there are several; '': the teacher. heads: attention heads, if the file does not
+    say; 0: guess_heads(). saved: the file's content if torch.save wrote it. LayerScale is folded into the
+    preceding layer. Raises UserError for anything but one ViT with only known tensors.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    tensors, known = read_tensors(path, saved)
-    state, known["network"], dropped = choose_network(tensors, path, network)
+    tensors, metadata = read_tensors(path, saved)
+    state, metadata["network"], dropped = choose_network(tensors, path, network)
     dropped += sorted({part for name in tensors for part in name.split(".") if part in CLASSIFIERS})
     if dropped:
-        print(f"{path}: {known['network']} is used, without {', '.join(dropped)}")
+        print(f"{path}: {metadata['network']} is used, without {', '.join(dropped)}")
     state = {name: value for name, value in state.items() if name.split(".")[0] not in CLASSIFIERS}
     check_tensors(state, path)
     state = {name: value if value.dtype == torch.float64 else value.float() for name, value in state.items()}
     fold_layer_scale(state)
-    heads = known.pop("heads", 0) or heads
+    heads = metadata.pop("heads", 0) or heads
     if not heads:
-        heads = guess_heads(state["cls_token"].shape[-1], known["network"])
+        heads = guess_heads(state["cls_token"].shape[-1], metadata["network"])
         print(f"{path} does not say its number of heads: guessed {heads}; --heads sets it")
-    return state, architecture(state, heads, path), known
+    return state, architecture(state, heads, path), metadata
 
 
 def check_tensors(state, path):
-    """Raises UserError for tensors that are not plain numbers, and for a ViT of odd shapes."""
+    """Raises UserError for tensors that are not plain numbers, and for a ViT with odd shapes."""
     for name, value in state.items():
         kind = value.dtype if value.layout == torch.strided else value.layout
         if value.is_meta or not value.is_floating_point() or value.layout != torch.strided:
@@ -124,8 +123,8 @@ def check_tensors(state, path):
     shapes = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "norm.weight": 1}
     for name, ndim in shapes.items():
         if name not in state or state[name].ndim != ndim:
-            found = f"is {list(state[name].shape)}" if name in state else "is missing"
-            raise UserError(f"{path} is not a ViT of timm's key names: {name} {found}")
+            problem = f"is {list(state[name].shape)}" if name in state else "is missing"
+            raise UserError(f"{path} is not a ViT with timm's key names: {name} {problem}")
 
 
 def guess_heads(dim, network):
@@ -136,36 +135,39 @@ def guess_heads(dim, network):
 
 
 def read_tensors(path, saved):
-    """{dotted name: tensor} of all tensors in a file, however nested, and what is known of them."""
-    known, file = {}, path
+    """{dotted name: tensor} of all tensors in a file, however nested, and metadata."""
+    metadata = {}
+    file = path
     if path.is_dir():
         if not (path / "config.json").exists():
             raise UserError(f"{path} is neither a run nor an export (no config.json): give one of its files")
-        file, about = path / "model.safetensors", read_json(path / "config.json")
-        model_args = about.get("model_args")
+        file = path / "model.safetensors"
+        config = read_json(path / "config.json")
+        model_args = config.get("model_args")
         if isinstance(model_args, dict) and type(model_args.get("num_heads")) is int:
-            known["heads"] = model_args["num_heads"]
+            metadata["heads"] = model_args["num_heads"]
         names = ("script", "step", "dataset", "data_dir", "seed", "sha256")
-        known.update({name: about[name] for name in names if name in about})
+        metadata.update({name: config[name] for name in names if name in config})
     if not file.is_file():  # a FIFO would block
         raise UserError(f"{file} is not a file")
     if file.suffix == ".safetensors":
-        content, expected = file.read_bytes(), known.pop("sha256", None)
-        if expected and expected != sha256(content):
-            problem = "is damaged, or not of one save with config.json: its checksum differs"
-            raise UserError(f"{file} {problem}; if its run is there, give that run's folder")
+        content = file.read_bytes()
+        checksum = metadata.pop("sha256", None)
+        if checksum and checksum != sha256(content):
+            problem = "is damaged, or from another save than config.json: its checksum differs"
+            raise UserError(f"{file} {problem}; give the run's folder if you have it")
         try:
-            return from_safetensors(content), known
-        except Exception as error:  # safetensors raises its own kind
+            return from_safetensors(content), metadata
+        except Exception as error:  # safetensors raises its own type
             raise UserError(f"{file} is damaged ({first_line(error)})") from None
     try:
-        return flatten(saved, file), known
+        return flatten(saved, file), metadata
     except RecursionError:
-        raise UserError(f"{file} holds a dict that holds itself") from None
+        raise UserError(f"{file} holds a dict that contains itself") from None
 
 
 def write_export(folder, backbone, about):
-    """A backbone as safetensors under timm's names; config.json with `about`, checksum, timm's arguments."""
+    """A backbone as safetensors with timm's names; config.json with `about`, checksum, timm's arguments."""
     state = backbone.state_dict()
     content = to_safetensors({name: value.detach().cpu().contiguous() for name, value in state.items()})
     if hasattr(backbone, "timm_args"):
@@ -176,38 +178,35 @@ def write_export(folder, backbone, about):
 
 
 def flatten(content, path, prefix=""):
-    """Nested dicts -> {dotted name: tensor} without the names that DDP and torch.compile add."""
+    """Nested dicts -> {dotted name: tensor} without the prefixes that DDP and torch.compile add."""
     tensors = {}
     for key, value in content.items():
         name = ".".join(part for part in f"{prefix}{key}".split(".") if part not in ("module", "_orig_mod"))
         if isinstance(value, dict):
-            found = flatten(value, path, f"{name}." if name else "")
+            new = flatten(value, path, f"{name}." if name else "")
         else:
-            found = {name: value} if isinstance(value, torch.Tensor) else {}
-        for twice in tensors.keys() & found.keys():
-            raise UserError(f"{path} holds two tensors {twice}: which one is meant is unclear")
-        tensors.update(found)
+            new = {name: value} if isinstance(value, torch.Tensor) else {}
+        for duplicate in tensors.keys() & new.keys():
+            raise UserError(f"{path} holds two tensors named {duplicate}: which one is meant is unclear")
+        tensors.update(new)
     return tensors
 
 
 def choose_network(tensors, path, network):
-    """One ViT, found by its cls_token: its state dict, its name, and the names of the others.
-
-    Raises UserError if there is none, or none or several of this name.
-    """
+    """One ViT, by its cls_token: its state dict, its name, the names of the others. Raises UserError."""
     prefixes = [name.removesuffix("cls_token") for name in tensors if name.split(".")[-1] == "cls_token"]
     if not prefixes:
         first = ", ".join(list(tensors)[:3]) or "none"
         raise UserError(f"{path} holds no ViT of timm's key names (no cls_token; its tensors: {first} ...)")
     if network:
-        chosen = [prefix for prefix in prefixes if network in prefix.split(".")]
+        matches = [prefix for prefix in prefixes if network in prefix.split(".")]
     else:
-        chosen = [prefix for prefix in prefixes if len(prefixes) == 1 or AVERAGED.search(prefix)]
-    if len(chosen) != 1:
+        matches = [prefix for prefix in prefixes if len(prefixes) == 1 or AVERAGED.search(prefix)]
+    if len(matches) != 1:
         names = ", ".join(prefix.rstrip(".") or "one without a name" for prefix in prefixes)
         wanted = network or "a teacher or another average"
         raise UserError(f"{path} holds the networks {names}: exactly one must be {wanted}")
-    prefix = chosen[0]
+    prefix = matches[0]
     state = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     names = [part for part in prefix.split(".")[:-1] if part not in ("state_dict", "model", "backbone")]
     name = network or ".".join(names) or "its only network"
@@ -215,21 +214,21 @@ def choose_network(tensors, path, network):
 
 
 def fold_layer_scale(state):
-    """gamma (W x + b) = (gamma W) x + gamma b: DINOv2's LayerScale becomes part of the layer before it."""
+    """gamma (W x + b) = (gamma W) x + gamma b: folds DINOv2's LayerScale into the preceding layer."""
     for name in [name for name in state if name.endswith((".ls1.gamma", ".ls2.gamma"))]:
         block = name.rsplit(".", 2)[0]
         layer = f"{block}.attn.proj" if ".ls1." in name else f"{block}.mlp.fc2"
         gamma, weight, bias = (state.get(key) for key in (name, f"{layer}.weight", f"{layer}.bias"))
         if weight is None or bias is None or not gamma.shape == weight.shape[:1] == bias.shape:
-            continue  # build() names it
+            continue  # build() reports it
         state[f"{layer}.weight"], state[f"{layer}.bias"] = gamma[:, None] * weight, gamma * bias
         del state[name]
 
 
 def architecture(state, heads, path):
-    """The arguments of vit.ViT for a state dict of timm's names; registers and positions become timm's.
+    """The arguments of vit.ViT for a state dict with timm's names; registers and positions become timm's.
 
-    DINOv2 has no positions for its registers, timm's no_embed_class none for [CLS] either: they are 0.
+    DINOv2 has no positions for its registers, timm's no_embed_class none for [CLS] either: they become 0.
     """
     if "register_tokens" in state and "reg_token" not in state:
         state["reg_token"] = state.pop("register_tokens")
