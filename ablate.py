@@ -36,7 +36,7 @@ from twins.jobs import SLOTS, check_exit, last_line, run_jobs, start
 from twins.keys import holds_run, parse
 from twins.reports import write_report
 from twins.settings import MECHANISMS, draw_setting, read_script, removals, with_changes
-from twins.studies import best_setting, finalists, read_rows, run_results, unfinished, write_rows
+from twins.studies import best_setting, finalists, read_rows, run_results, steps_of, unfinished, write_rows
 
 study = "search"  # which question [search|models|removal]
 scripts = "dino,barlow,hybrid_a,hybrid_b"  # which training scripts
@@ -160,9 +160,7 @@ def run_cell(cell):
     if not cost_file.exists():
         check_exit((yield cost_command(cell, cost_file)), log)
     cost = read_json(cost_file)
-    steps = round(cell["budget"] * 1e15 / cost["flop"])
-    if not steps:
-        raise UserError(f"one step takes {cost['flop'] / 1e15:.2g} PFLOP: raise --pflop={cell['budget']:g}")
+    steps = steps_of(cell, cost)
     every = {"eval_every": EVALUATIONS[study], "save_every": 8, "log_every": 50}
     words = words_of(cell, max_steps=steps, **{name: -(-steps // times) for name, times in every.items()})
     code = yield [script, *(["--resume=True"] if holds_run(out) else words), f"--out_dir={out}"]
@@ -195,7 +193,7 @@ def print_plan(cells, slots):
                 file, log = Path(folder) / "cost.json", Path(folder) / "log.txt"
                 check_exit(start(cost_command(cell, file), log, 0, slots).wait(), log)
                 cost = read_json(file)
-            hours[cell["script"]] = cell["budget"] * 1e15 / cost["flop"] * cost["seconds"] / 3600
+            hours[cell["script"]] = steps_of(cell, cost) * cost["seconds"] / 3600
     total = sum(hours[cell["script"]] for cell in cells) / slots
     print(f"{len(cells)} runs of {pflop:g} PFLOP, {slots} at once: {total:.2g} hours without evaluations")
 

@@ -381,6 +381,10 @@ def test_a_budget_of_less_than_a_step_is_refused(tmp_path, monkeypatch):
     write_file(Path(f"{ablate.run_folder(cell)}.json"), json.dumps({"flop": 2.5e6, "n_views": 2}))
     with pytest.raises(UserError, match=r"one step takes 2.5e-09 PFLOP: raise --pflop=1e-09"):
         next(ablate.run_cell(cell))
+    monkeypatch.setattr(ablate, "read_json", lambda file: {"flop": 2.5e6, "seconds": 1.0})
+    monkeypatch.setattr(ablate, "start", lambda *args: SimpleNamespace(wait=lambda: 0))
+    with pytest.raises(UserError, match=r"raise --pflop=1e-09"):  # --dry_run says so, too
+        ablate.print_plan([cell], 1)
 
 
 def test_a_report_of_a_folder_elsewhere_leaves_the_pages_alone(tmp_path):

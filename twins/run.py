@@ -222,12 +222,12 @@ class Run:
         if rank():
             return
         kind = type(self.backbone)
-        known = {"name": self.backbone_name, "module": kind.__module__, "class": kind.__name__}
-        known["args"] = getattr(self.backbone, "args", None)
+        backbone = {"name": self.backbone_name, "module": kind.__module__, "class": kind.__name__}
+        backbone["args"] = getattr(self.backbone, "args", None)
         saved = {"step": step, "seconds": self.seconds, "config": self.config}
         saved.update(first_row=self.rows[:1], n_rows=len(self.rows))
         buffer = io.BytesIO()
-        torch.save({"script": self.script.stem, **saved, "backbone": known, **state}, buffer)
+        torch.save({"script": self.script.stem, **saved, "backbone": backbone, **state}, buffer)
         try:
             self.write("ckpt.pt", buffer.getvalue(), self.previous)
             self.previous = "ckpt-previous.pt"

@@ -67,6 +67,14 @@ def unfinished(cells, study, folder, name_of):
     return [cell for cell in cells if name_of(cell) not in ids]
 
 
+def steps_of(cell, cost):
+    """The optimizer steps in a cell's budget, from the cost of one. Raises UserError if there is none."""
+    steps = round(cell["budget"] * 1e15 / cost["flop"])
+    if not steps:
+        raise UserError(f"one step takes {cost['flop'] / 1e15:.2g} PFLOP: raise --pflop={cell['budget']:g}")
+    return steps
+
+
 def run_results(folder, flop, diverged):
     """What a finished run adds to its row. flop: of a step. diverged: it counts as its untrained network."""
     config = read_json(folder / "config.json")

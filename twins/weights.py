@@ -274,7 +274,7 @@ def start_from(script, config, vit):
     register tokens, which the scripts lack.
     """
     path, given = Path(script["init"]), script["__given__"]
-    state, _, args, known = read_backbone(path, "", given.get("heads", 0), vit)
+    state, _, args, metadata = read_backbone(path, "", given.get("heads", 0), vit)
     if args.get("registers"):
         raise UserError(f"--init={path} has register tokens (reg_token): the training scripts have none")
     backbone = build(vit, state, args, path)
@@ -284,5 +284,5 @@ def start_from(script, config, vit):
         script[name] = config[name] = args[name]
     side = max(script["image_size"] // args["patch_size"], 1)  # the script checks both sizes next
     state["pos_embed"] = backbone.positions(side, side).detach()
-    print(f"--init: {known['network']} of {path}, {args}")
+    print(f"--init: {metadata['network']} of {path}, {args}")
     return state
