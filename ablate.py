@@ -12,8 +12,8 @@ round of a search (successive halving) trains its best settings, and one chosen 
 round tries changes to the best setting, one at a time:
 
     python ablate.py --study=search --search_dir=FIRST --trials=2 --pflop=0.04 --out_dir=SECOND
-    python ablate.py --study=search --search_dir=SECOND --trials=1 --changes="wd=0.1;n_local=0 ema_end=0.97"
-    python ablate.py --study=models --search_dir=SECOND
+    python ablate.py --study=search --search_dir=SECOND --trials=1 --changes="wd=0;n_local=0" --out_dir=THIRD
+    python ablate.py --study=models --search_dir=THIRD
 
 Settings are selected by k-NN accuracy on held-out training images, among runs that did not collapse: RankMe
 below a quarter of the untrained network's, k-NN accuracy below it, or a loss that is not finite. Finished

@@ -42,7 +42,7 @@ dim = 192  # width, for --ckpt=random [1..]
 depth = 12  # blocks, for --ckpt=random [1..]
 heads = 0  # attention heads, for --ckpt=random (0: 3) and for weights that do not say (0: guessed) [0..]
 finetune = False  # also train the backbone, four times: in one process, much slower than the probes
-finetune_epochs = 20  # of each of these trainings [1..]
+finetune_epochs = 20  # epochs of each of these trainings [1..]
 label_fraction = 1.0  # fraction of the training labels to use, stratified by class [0..1]
 seed = 0  # for the random weights and the split [0..18446744073709551615]
 device = "auto"  # cuda, mps or cpu; auto: the first available

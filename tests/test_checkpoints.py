@@ -425,7 +425,7 @@ def test_a_flipped_bit_of_an_export_is_noticed(folder):
     flipped[-7] ^= 1
     file.write_bytes(flipped)
     assert load(bytes(flipped))  # to safetensors it is sound
-    with pytest.raises(UserError, match=r"model.safetensors is damaged, or .* differs; .* that run's"):
+    with pytest.raises(UserError, match=r"model.safetensors is damaged, or .* differs; give the run's"):
         weights.read_weights(folder / "export", "", 0, {})
 
 
