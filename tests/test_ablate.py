@@ -333,6 +333,8 @@ def test_random_settings_are_compared_trial_by_trial():
     assert compare_trials(trials) == f"{said.format(7)}(p = {p:.3f})."
     trials["DINO"] = [{**made, "collapsed": True, "knn_init": 0.1} for made in trials["DINO"]]
     assert compare_trials(trials) == f"{said.format(8)}(p = {2 / 2**8:.3f})."
+    trials["DINO"] = trials["DINO"][:1]
+    assert "no method is compared" in compare_trials(trials) and "no method" in compare_trials({})
 
 
 def test_rows_of_other_options_are_refused(tmp_path):

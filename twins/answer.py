@@ -10,7 +10,6 @@ from twins.sentences import (
     compare_attention,
     compare_collapse,
     compare_models,
-    compare_trials,
     count_seeds,
     list_removals,
     main_measure,
@@ -41,15 +40,12 @@ def answer(results, dataset):
         return dict.fromkeys(("answer", "results"), UNTRAINED)
     removals = best_removals(results, dataset)
     hybrids = {title: removals[title] for title in split_titles(removals)[0]}
-    features = compare_models(models, main_measure(models))
-    if all(split_titles(search)):
-        features += f" {compare_trials(search)}"
     mechanisms = list_removals(hybrids)
     if hybrids:
         rule = f"Change in {METRIC} (points) without each; it can go if its uncorrected 95 % interval lies"
         mechanisms = f"{rule} above -2. {mechanisms}"
     first = {
-        "Does CC give better features?": features,
+        "Does CC give better features?": compare_models(models, main_measure(models)),
         "Which of DINO's mechanisms become unnecessary?": mechanisms,
     }
     others = {}

@@ -11,6 +11,7 @@ from twins.evaluation_pictures import divergence_picture
 from twins.files import read_json, write_file
 from twins.permutation import sentence
 from twins.pictures import printed
+from twins.sentences import compare_trials
 from twins.stats import expected_best, holm, sign_flip_p, t_interval, verdict, wilson_interval
 from twins.studies import (
     check_rows,
@@ -150,7 +151,8 @@ def report_search(groups):
         lines.append([title, k, collapsed_share(rows), *accuracies, *expected, best])
     columns = ["method", "trials", "collapsed (95 %)", "untrained", "k-NN of trials"]
     columns += [f"expected best of {n}" for n in (1, 4, 8, 16)] + ["best"]
-    return [table(columns, lines), *best_settings(groups)], {"expected-best.png": best_figure(curves)}
+    tables = [table(columns, lines), *best_settings(groups), compare_trials(groups)]
+    return tables, {"expected-best.png": best_figure(curves)}
 
 
 def report_later_round(groups):

@@ -66,12 +66,14 @@ def compare_trials(search):
     """In how many random settings each hybrid is better; within a trial, methods share common options."""
     trials = {title: [{**row, "knn": trial_knn(row)} for row in rows] for title, rows in search.items()}
     comparisons = compare(trials, METRIC)
+    n = min((len(differences) for differences, _ in comparisons.values()), default=0)
+    if n < 2:
+        return "No two trials of all methods are finished, so no method is compared with another."
     counts = {}
     for (hybrid, single), (differences, p) in comparisons.items():
         sign, verb = (1, "beats") if np.mean(differences) > 0 else (-1, "loses to")
         count = sum(sign * difference > 0 for difference in differences)
         counts.setdefault(hybrid, []).append(f"{verb} {single} in {count} (p = {p:.3f})")
-    n = min(len(differences) for differences, _ in comparisons.values())
     text = "; ".join(f"{hybrid} {', '.join(texts)}" for hybrid, texts in counts.items())
     return f"Of {n} random settings (failures count as untrained; p: mean difference), {text}."
 
