@@ -65,7 +65,7 @@ seed = 0  # of the choice of images, the permutations and the bootstrap [0..]
 device = "auto"  # cuda, mps or cpu; auto: the first available
 dtype = "float32"  # of the backbone; auto: bfloat16 where it is faster [auto|bfloat16|float64]
 
-PRESETS = {"shapes": {"dim": 64, "depth": 3, "heads": 2}}  # for --ckpt=random, as in the training scripts
+PRESETS = {"shapes": {"dim": 64, "depth": 3, "heads": 2}, "stl10": {"image_size": 96, "patch_size": 8}}
 COLUMNS = {"mass_over_area": "mass / area", "entropy_bits": "entropy, bits"}
 COLUMNS.update(distance_pixels="distance, pixels", head_diversity_bits="head diversity, bits")
 

@@ -79,8 +79,8 @@ BAD = {  # what is made in a folder, what is loaded, what is said
     "no folder": (lambda r: r.rmdir(), {}, "is not a folder: give the one that holds"),
     "a file for a folder": (lambda r: (r.rmdir(), broken(r)), {}, "is not a folder"),
     "nothing in it": (lambda r: None, {}, "holds nothing: put images into"),
-    "no images": (lambda r: broken(r / "train/a/notes.txt"), {}, "1 files, none with an image's suffix"),
-    "only hidden images": (lambda r: broken(r / "train/a/.0.jpg"), {}, "none with an image's suffix"),
+    "no images": (lambda r: broken(r / "train/a/notes.txt"), {}, "no file with an image's suffix"),
+    "only hidden images": (lambda r: broken(r / "train/a/.0.jpg"), {}, "no file with an image's suffix"),
     "text called jpg": (
         lambda r: broken(photographs(r) / "train/a/9.jpg"),
         {},
