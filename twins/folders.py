@@ -210,9 +210,9 @@ def image_files(root):
     paths, left = walk(root)
     if not paths:
         suffixes = " ".join(sorted(SUFFIXES))
-        content = (
-            f"no file with an image's suffix ({suffixes}); other files: {left.total()}" if left else "nothing"
-        )
+        content = "nothing"
+        if left:
+            content = f"no file with an image's suffix ({suffixes}); other files: {left.total()}"
         raise UserError(f"{root} holds {content}: put images into {root}/<class>/")
     if left:
         kinds = ", ".join(f"{n} {what}" for what, n in left.most_common(8))
