@@ -21,7 +21,7 @@ from twins.errors import UserError
 from twins.files import read_json, write_file
 from twins.jobs import run_jobs
 from twins.reports import BLOCK, fill, read_attention, report_study, table_of, write_report
-from twins.sentences import compare_models, compare_trials
+from twins.sentences import compare_models, compare_removals, compare_trials
 from twins.settings import draw_setting, read_script, removals, toggle
 from twins.stats import sign_flip_p, t_interval
 from twins.studies import (
@@ -335,6 +335,19 @@ def test_random_settings_are_compared_trial_by_trial():
     assert compare_trials(trials) == f"{said.format(8)}(p = {2 / 2**8:.3f})."
     trials["DINO"] = trials["DINO"][:1]
     assert "no method is compared" in compare_trials(trials) and "no method" in compare_trials({})
+
+
+def test_what_dino_alone_needs_is_said():
+    def study(script, *losses):
+        rows = [row(script, "full", seed, 0.4) for seed in range(3)]
+        for name, loss in zip(("centering", "EMA", "sharpening"), losses, strict=True):
+            rows += [row(script, f"{name} off", seed, 0.4 - loss + seed / 1000) for seed in range(3)]
+        return rows
+
+    removals = {"Hybrid A": study("hybrid_a", 0.0, 0.0, 0.1), "Hybrid B": study("hybrid_b", 0.1, 0.1, 0.1)}
+    assert compare_removals(removals) == ""
+    removals["DINO"] = study("dino", 0.1, 0.0, 0.1)
+    assert compare_removals(removals) == "Hybrid A can do without centering, which DINO needs."
 
 
 def test_rows_of_other_options_are_refused(tmp_path):

@@ -10,6 +10,7 @@ from twins.sentences import (
     compare_attention,
     compare_collapse,
     compare_models,
+    compare_removals,
     count_seeds,
     list_removals,
     main_measure,
@@ -43,7 +44,7 @@ def answer(results, dataset):
     mechanisms = list_removals(hybrids)
     if hybrids:
         rule = f"Change in {METRIC} (points) without each; it can go if its uncorrected 95 % interval lies"
-        mechanisms = f"{rule} above -2. {mechanisms}"
+        mechanisms = f"{compare_removals(removals)} {rule} above -2. {mechanisms}".strip()
     first = {
         "Does CC give better features?": compare_models(models, main_measure(models)),
         "Which of DINO's mechanisms become unnecessary?": mechanisms,

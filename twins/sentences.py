@@ -122,24 +122,45 @@ def compare_attention(attention):
     )
 
 
+def verdicts(runs, differences):
+    """{mechanism that was switched off: verdict} by the rule of the study, of pair_with_full()."""
+    outcomes = {}
+    for label, values in differences.items():
+        if label.endswith(" off"):
+            sure = len(values) > 1
+            outcome = verdict(t_interval(values), learned(runs["full"])) if sure else "one seed so far"
+            outcomes[label.removesuffix(" off")] = outcome
+    return outcomes
+
+
+def compare_removals(removals):
+    """What DINO needs and a hybrid can do without, '' if that is nothing."""
+    if "DINO" not in removals:
+        return ""
+    dino = verdicts(*pair_with_full(removals["DINO"]))
+    sentences = []
+    for title in split_titles(removals)[0]:
+        own = verdicts(*pair_with_full(removals[title]))
+        names = [name for name in own if own[name] == "can go" and dino.get(name) == "cannot go"]
+        if names:
+            sentences.append(f"{title} can do without {' and '.join(names)}, which DINO needs.")
+    return " ".join(sentences)
+
+
 def list_removals(removals):
-    """What each method can do without, by the rule of the study; no verdict after one seed."""
+    """What each method can do without, with the change in k-NN accuracy."""
     sentences = []
     for title, rows in removals.items():
         runs, differences = pair_with_full(rows)
         if not differences:
             continue
         full = runs["full"]
-        gain = learned(full)
-        changes, absent = {}, []
-        for label, values in differences.items():
-            name, _, state = label.rpartition(" ")
-            if state == "on":
-                absent.append(name)
-                continue
-            outcome = "one seed so far" if len(values) == 1 else verdict(t_interval(values), gain)
+        absent = [label.removesuffix(" on") for label in differences if label.endswith(" on")]
+        changes = {}
+        for name, outcome in verdicts(runs, differences).items():
+            values = differences[f"{name} off"]
             change = f"{'all at once' if name == 'all' else name} {100 * np.mean(values):+.1f}"
-            count = sum(row["collapsed"] for row in runs[label])
+            count = sum(row["collapsed"] for row in runs[f"{name} off"])
             if count:
                 change += f" ({count} of {len(values)} failed)" if count < len(values) else " (failed)"
             changes.setdefault(outcome, []).append(change)
