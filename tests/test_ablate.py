@@ -16,12 +16,12 @@ import pytest
 
 import ablate
 from conftest import ROOT, launch
-from twins.answer import answer, random_weights
+from twins.answer import answer, random_weights, result_table
 from twins.errors import UserError
 from twins.files import read_json, write_file
 from twins.jobs import run_jobs
-from twins.reports import BLOCK, fill, read_attention, report_study, table_of, write_report
-from twins.sentences import compare_models, compare_removals, compare_trials
+from twins.reports import BLOCK, fill, read_attention, report_study, write_report
+from twins.sentences import compare_models, compare_trials, summarise_removals
 from twins.settings import draw_setting, read_script, removals, toggle
 from twins.stats import sign_flip_p, t_interval
 from twins.studies import (
@@ -137,7 +137,7 @@ def test_a_broken_row_is_one_sentence(tmp_path, line):
     file.write_text("\n" + file.read_text())
     assert len(read_rows(tmp_path)) == 1
     file.write_text(file.read_text() + line, errors="surrogateescape")
-    with pytest.raises(UserError, match=r"line 3 of .*rows.jsonl is broken: fix or remove it"):
+    with pytest.raises(UserError, match=r"line 3 of .*rows.jsonl is broken, or of another version: fix or"):
         read_rows(tmp_path)
 
 
@@ -337,7 +337,7 @@ def test_random_settings_are_compared_trial_by_trial():
     assert "no method is compared" in compare_trials(trials) and "no method" in compare_trials({})
 
 
-def test_what_dino_alone_needs_is_said():
+def test_what_methods_can_do_without_is_said():
     def study(script, *losses):
         rows = [row(script, "full", seed, 0.4) for seed in range(3)]
         for name, loss in zip(("centering", "EMA", "sharpening"), losses, strict=True):
@@ -345,9 +345,12 @@ def test_what_dino_alone_needs_is_said():
         return rows
 
     removals = {"Hybrid A": study("hybrid_a", 0.0, 0.0, 0.1), "Hybrid B": study("hybrid_b", 0.1, 0.1, 0.1)}
-    assert compare_removals(removals) == ""
     removals["DINO"] = study("dino", 0.1, 0.0, 0.1)
-    assert compare_removals(removals) == "Hybrid A can do without centering, which DINO needs."
+    said = "Hybrid A can do without centering and EMA, but cannot do without sharpening. Hybrid B cannot do "
+    said += (
+        "without centering, sharpening or EMA. DINO can do without EMA, but cannot do without centering or "
+    )
+    assert summarise_removals(removals) == f"{said}sharpening."
 
 
 def test_rows_of_other_options_are_refused(tmp_path):
@@ -476,23 +479,23 @@ def test_the_readmes_figures_are_those_of_the_rows():
         assert pictures == page.keys() - {"README.md"}  # each is made from the rows
     page = (ROOT / "results" / "README.md").read_text()
     tables = BLOCK.findall(page)
-    assert [file for _, file, _ in tables] == [
+    assert [name for _, name, _ in tables] == [
+        "cifar10",
         "attention-ecssd.json",
         "segmentation-ecssd.json",
         "probes.json",
     ]
-    for _, file, text in tables:
-        assert text == table_of(ROOT / "results" / file) + "\n"
+    for kind, name, text in tables:
+        assert text == result_table(ROOT / "results", kind, name) + "\n"
 
 
 def test_a_page_without_blocks_is_refused(tmp_path):
     (tmp_path / "README.md").write_text("<!-- answer cifar10 -->\nno end\n")
-    with pytest.raises(UserError, match="has no lines"):
+    with pytest.raises(UserError, match="needs pairs of lines"):
         fill(tmp_path / "README.md", lambda kind, name: "")
 
 
 def test_the_readmes_controls_are_those_of_the_rows():
-    paragraph = re.search(r"\*\*How sure\?\*\*.*?\n\n", (ROOT / "README.md").read_text(), re.DOTALL)[0]
     groups = group_rows(read_rows(ROOT / "results" / "models-cifar10-controls"))
     losses = []
     for title in ("hybrid_a_without_ce", "hybrid_a_without_cc", "hybrid_a_shared"):
@@ -502,12 +505,13 @@ def test_the_readmes_controls_are_those_of_the_rows():
     losses.insert(2, learned)
     said = "test k-NN falls by {:.1f} points without CE, by {:.1f} (of {:.1f} above random weights) without "
     said += "CC, by {:.1f} with one Z for both losses"
-    assert said.format(*losses) in " ".join(paragraph.split())
+    assert said.format(*losses) in " ".join((ROOT / "README.md").read_text().split())
 
 
 def answer_text(results):
-    """All that README says of the studies of cifar10, in one line."""
-    return " ".join(" ".join(answer(results, "cifar10").values()).split())
+    """All that the pages say of the studies of cifar10, in one line."""
+    table = result_table(results, "removals", "cifar10")
+    return " ".join(" ".join([*answer(results, "cifar10").values(), table]).split())
 
 
 @pytest.mark.parametrize(
@@ -531,7 +535,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
         removed += [row("hybrid_a", label, seed, knn, collapsed=knn == 0.2) for seed in range(seeds)]
     write_rows(tmp_path / "models-cifar10", rows)
     before = answer_text(tmp_path)
-    assert "Not answered yet: no removal has been run" in before
+    assert "Not answered yet: no removal has a clear result" in before
     assert "more stable?** Not answered yet" in before
     trials = [row("dino", "trial", n, 0.3, collapsed=True) for n in range(seeds)]
     write_rows(tmp_path / "search-cifar10", trials)
@@ -561,32 +565,31 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     p = 2 / 2 ** (seeds - 1)  # all pairs but one differ, in one direction
     stable = "Fewer settings fail" if p < 0.05 else "Not significant"
     assert f"stable?** {stable}. Of {seeds} random settings at 0.1 PFLOP, {seeds} of DINO's fail, " in text
-    assert f"fail, 1 of Hybrid A's (p = {p:.3f}): final k-NN below" in text
+    assert f"fail, 1 of Hybrid A's (p = {p:.3f}). A setting fails if its k-NN ends below" in text
     assert "By RankMe alone, not significant: 0 of DINO's, 0 of Hybrid A's (p = 1.000)." in text
     gain, (low, high) = 100 * np.mean(noise[2] - noise[0] + ahead), t_interval(noise[2] - noise[0] + ahead)
     gain = f"{gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
     assert re.search(
         rf"Hybrid A \| \S+ ± \S+ \| {re.escape(gain)} \| .* \| 50.0 ± 0.0 \| 1 of {seeds + 1} ", text
     )
-    verdicts = "can go: centering +1.0; cannot go: EMA -10.0 (failed)."
-    level = "k-NN 30.0, untrained 20.0, 0.1 PFLOP, already without multi-crop"
-    assert f"Hybrid A ({seeds} seeds; {level}): {verdicts}" in text
+    assert "unnecessary?** Hybrid A can do without centering, but cannot do without EMA. (One" in text
+    table = f"Hybrid A, 0.1 PFLOP, {seeds} seeds | | --- | ---: | | nothing | 30.0 (20.0) | | centering "
+    table += f"| +1.0, can go | | EMA | -10.0, cannot go, {seeds} failed | | multi-crop | already off |"
+    assert table in answer_text(tmp_path)
     assert 'src="results/models-cifar10/cost.png" alt="k-NN against PFLOP, CIFAR-10"' in text
     assert "segmentation" not in text and "attention maps" not in text
 
     write_rows(tmp_path / "removal-cifar10", [r for r in removed if r["seed"] == 0])
-    said = "one seed so far: centering +1.0, EMA -10.0 (failed). - **Is"
-    assert said in answer_text(tmp_path)
+    assert "| centering | +1.0, one seed | | EMA | -10.0, one seed, 1 failed |" in answer_text(tmp_path)
+    assert "unnecessary?** Not answered yet: no removal has a clear result." in answer_text(tmp_path)
     longer = [{**r, "budget": 0.2, "knn": r["knn"] + 0.1} for r in removed]  # most rows, then most PFLOP
     write_rows(tmp_path / "removal-cifar10-long", [r for r in longer if r["seed"] < 2])
     write_rows(tmp_path / "removal-cifar10-longer", longer[::seeds])
     write_rows(tmp_path / "removal-cifar100", longer)  # another data set
-    text = answer_text(tmp_path)
-    assert "Hybrid A (2 seeds; k-NN 40.0, untrained 20.0, 0.2 PFLOP, already without multi-crop)" in text
+    assert "Hybrid A, 0.2 PFLOP, 2 seeds | | --- | ---: | | nothing | 40.0 (20.0) |" in answer_text(tmp_path)
 
     write_rows(tmp_path / "removal-cifar10-dino", [{**r, "script": "dino"} for r in removed[:: seeds // 2]])
-    parts = answer(tmp_path, "cifar10")
-    assert "**Can DINO do without them, too?** DINO (" in parts["results"] and "DINO (" not in parts["answer"]
+    assert "Hybrid A, 0.2 PFLOP, 2 seeds | DINO, 0.1 PFLOP, " in answer_text(tmp_path)
 
     write_rows(tmp_path / "models-cifar100", rows[:-seeds])  # without hybrid B
     assert "CIFAR-100" not in answer_text(tmp_path)

@@ -2,6 +2,8 @@
 
 import textwrap
 
+import numpy as np
+
 from twins.errors import ROOT
 from twins.files import read_json
 from twins.pictures import printed
@@ -10,17 +12,18 @@ from twins.sentences import (
     compare_attention,
     compare_collapse,
     compare_models,
-    compare_removals,
     count_seeds,
-    list_removals,
     main_measure,
     split_titles,
+    summarise_removals,
     variants,
+    verdicts,
     when_yes,
 )
-from twins.studies import group_rows, measures, paired, read_rows
+from twins.studies import group_rows, measures, pair_with_full, paired, read_rows
 from twins.study_pictures import METRIC
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
 UNTRAINED = "Not answered yet: the best settings of the search have not been trained on fresh seeds."
 
 
@@ -28,7 +31,12 @@ def fill_pages():
     """Updates the generated text of README.md and results/README.md from what results/ holds."""
     results = ROOT / "results"
     fill(ROOT / "README.md", lambda part, name: answer(results, name)[part])
-    fill(results / "README.md", lambda _, name: table_of(results / name))
+    fill(results / "README.md", lambda kind, name: result_table(results, kind, name))
+
+
+def result_table(results, kind, name):
+    """A table of results/README.md: the removals of a data set, or what an evaluation's file holds."""
+    return removals_table(best_removals(results, name)) if kind == "removals" else table_of(results / name)
 
 
 def answer(results, dataset):
@@ -40,19 +48,15 @@ def answer(results, dataset):
     if search.keys() - models.keys() or not all(split_titles(models)):  # some methods alone are no comparison
         return dict.fromkeys(("answer", "results"), UNTRAINED)
     removals = best_removals(results, dataset)
-    hybrids = {title: removals[title] for title in split_titles(removals)[0]}
-    mechanisms = list_removals(hybrids)
-    if hybrids:
-        rule = f"Change in {METRIC} (points) without each; it can go if its uncorrected 95 % interval lies"
-        mechanisms = f"{compare_removals(removals)} {rule} above -2. {mechanisms}".strip()
+    mechanisms = summarise_removals(removals)
+    if removals:
+        mechanisms += " (One at a time, by uncorrected 95 % intervals: [table](results/README.md#removals).)"
     first = {
         "Does CC give better features?": compare_models(models, main_measure(models)),
         "Which of DINO's mechanisms become unnecessary?": mechanisms,
     }
     others = {}
     elsewhere = same_settings(results, dataset)
-    if "DINO" in removals:
-        others["Can DINO do without them, too?"] = list_removals({"DINO": removals["DINO"]})
     for name, (groups, source) in elsewhere.items():
         question = f"And on {printed(name)}, with the settings of {source}?"
         others[question] = compare_models(groups, main_measure(groups))
@@ -70,6 +74,29 @@ def answer(results, dataset):
     parts = [overview(search, models, floor), picture, legend(models, dataset), bullets(first)]
     studied = f"{when_yes(models)} Protocol, all studies, commands: [results](results/README.md)."
     return {"answer": "\n\n".join(parts), "results": f"{bullets(others)}\n\n{wrap(studied)}"}
+
+
+def removals_table(removals):
+    """One row per mechanism: the change in k-NN accuracy without it and the verdict, of each method."""
+    columns = {}
+    for title, rows in removals.items():
+        runs, differences = pair_with_full(rows)
+        outcomes = verdicts(runs, differences)
+        seeds = count_seeds(*sorted({len(values) for values in differences.values()}))
+        means = {key: 100 * np.mean([row[key] for row in runs["full"]]) for key in ("knn", "knn_init")}
+        cells = {"nothing": f"{means['knn']:.1f} ({means['knn_init']:.1f})"}
+        for label, values in differences.items():
+            name, _, state = label.rpartition(" ")
+            name = "all of these" if name == "all" else name
+            cells[name] = "already off"
+            if state == "off":
+                cells[name] = f"{100 * np.mean(values):+.1f}, {outcomes[label.removesuffix(' off')]}"
+                failed = sum(row["collapsed"] for row in runs[label])
+                cells[name] += f", {failed} failed" if failed else ""
+        columns[f"{title}, {rows[0]['budget']:g} PFLOP, {seeds}"] = cells
+    names = dict.fromkeys(name for cells in columns.values() for name in cells)
+    lines = [[name, *(cells.get(name, "") for cells in columns.values())] for name in names]
+    return table([f"{METRIC} (untrained) and change without", *columns], lines)
 
 
 def bullets(answers):
@@ -159,4 +186,5 @@ def overview(search, models, floor):
     if floor:
         accuracies = [f"{100 * floor[name]:.1f}" if name in floor else "" for name in (main, *others)]
         lines.append(["random weights", accuracies[0], *("" for _ in singles), *accuracies[1:], ""])
+    lines = [[str(cell).replace(" ", NO_BREAK) for cell in line] for line in lines]
     return table(["method", *columns, "failed in search"], lines)

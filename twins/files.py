@@ -95,7 +95,7 @@ def read_json_lines(path, is_sound, cut_off=False):
         if sound:
             rows.append(row)
         elif not cut_off or i < len(lines):
-            raise UserError(f"line {i} of {path} is broken: fix or remove it")
+            raise UserError(f"line {i} of {path} is broken, or of another version: fix or remove it")
     return rows
 
 

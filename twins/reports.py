@@ -239,9 +239,13 @@ def differences_table(name, panel, runs=None):
 
 def fill(page, text_of):
     """Replaces the text between <!-- KIND NAME --> and <!-- end KIND --> in a page by text_of(KIND, NAME)."""
-    text = page.read_text(encoding="utf-8")
-    if not BLOCK.search(text):
-        raise UserError(f"{page} has no lines <!-- KIND NAME --> and <!-- end KIND -->")
+    try:
+        text = page.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{page} cannot be read ({error.strerror})") from None
+    blocks = len(BLOCK.findall(text))
+    if not blocks or blocks != text.count("<!-- end ") or 2 * blocks != text.count("<!-- "):
+        raise UserError(f"{page} needs pairs of lines <!-- KIND NAME --> and <!-- end KIND -->")
 
     def replace(block):
         kind, name, _ = block.groups()

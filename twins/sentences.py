@@ -7,7 +7,6 @@ from twins.studies import learned, measures, pair_with_full, paired, rank_fell, 
 from twins.study_pictures import METRIC
 
 SIGNIFICANT = 0.05
-VERDICTS = ("one seed so far", "too little learned", "can go", "cannot go", "unclear")
 
 
 def compare(groups, measure):
@@ -95,9 +94,9 @@ def compare_collapse(search):
     by_rank = "By RankMe alone" if fewer_fell else "By RankMe alone, not significant"
     return (
         f"{word}. Of {len(dino)} random settings at {dino[0]['budget']:g} PFLOP, {collapsed['DINO']} of "
-        f"DINO's fail, {count(collapsed, ps)}: final k-NN below that of random weights (possibly just slow "
-        f"learning), or RankMe below a quarter of theirs. {by_rank}: {fell['DINO']} of DINO's, "
-        f"{count(fell, rank_ps)}."
+        f"DINO's fail, {count(collapsed, ps)}. A setting fails if its k-NN ends below that of random weights "
+        f"(perhaps it only learns slowly) or its RankMe below a quarter of theirs. {by_rank}: "
+        f"{fell['DINO']} of DINO's, {count(fell, rank_ps)}."
     )
 
 
@@ -128,51 +127,29 @@ def verdicts(runs, differences):
     for label, values in differences.items():
         if label.endswith(" off"):
             sure = len(values) > 1
-            outcome = verdict(t_interval(values), learned(runs["full"])) if sure else "one seed so far"
+            outcome = verdict(t_interval(values), learned(runs["full"])) if sure else "one seed"
             outcomes[label.removesuffix(" off")] = outcome
     return outcomes
 
 
-def compare_removals(removals):
-    """What DINO needs and a hybrid can do without, '' if that is nothing."""
-    if "DINO" not in removals:
-        return ""
-    dino = verdicts(*pair_with_full(removals["DINO"]))
+def summarise_removals(removals):
+    """What each method can and cannot do without, one at a time, where the verdict is clear."""
     sentences = []
-    for title in split_titles(removals)[0]:
-        own = verdicts(*pair_with_full(removals[title]))
-        names = [name for name in own if own[name] == "can go" and dino.get(name) == "cannot go"]
-        if names:
-            sentences.append(f"{title} can do without {' and '.join(names)}, which DINO needs.")
-    return " ".join(sentences)
+    for title in sorted(removals, key=lambda title: title == "DINO"):  # the hybrids first
+        outcomes = verdicts(*pair_with_full(removals[title]))
+        outcomes.pop("all", None)
+        parts = []
+        for outcome, verb, word in (("can go", "can", "and"), ("cannot go", "cannot", "or")):
+            if names := [name for name in outcomes if outcomes[name] == outcome]:
+                parts.append(f"{verb} do without {enumeration(names, word)}")
+        if parts:
+            sentences.append(f"{title} {', but '.join(parts)}.")
+    return " ".join(sentences) or "Not answered yet: no removal has a clear result."
 
 
-def list_removals(removals):
-    """What each method can do without, with the change in k-NN accuracy."""
-    sentences = []
-    for title, rows in removals.items():
-        runs, differences = pair_with_full(rows)
-        if not differences:
-            continue
-        full = runs["full"]
-        absent = [label.removesuffix(" on") for label in differences if label.endswith(" on")]
-        changes = {}
-        for name, outcome in verdicts(runs, differences).items():
-            values = differences[f"{name} off"]
-            change = f"{'all at once' if name == 'all' else name} {100 * np.mean(values):+.1f}"
-            count = sum(row["collapsed"] for row in runs[f"{name} off"])
-            if count:
-                change += f" ({count} of {len(values)} failed)" if count < len(values) else " (failed)"
-            changes.setdefault(outcome, []).append(change)
-        outcomes = sorted(changes, key=VERDICTS.index)
-        text = "; ".join(f"{outcome}: {', '.join(changes[outcome])}" for outcome in outcomes)
-        trained, untrained = (100 * np.mean([row[name] for row in full]) for name in ("knn", "knn_init"))
-        level = f"k-NN {trained:.1f}, untrained {untrained:.1f}, {full[0]['budget']:g} PFLOP"
-        if absent:
-            level += f", already without {', '.join(absent)}"
-        seeds = count_seeds(*sorted({len(values) for values in differences.values()}))
-        sentences.append(f"{title} ({seeds}; {level}): {text}.")
-    return " ".join(sentences) or "Not answered yet: no removal has been run."
+def enumeration(names, word):
+    """ "a, b and c" """
+    return f" {word} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def count_seeds(*counts):
@@ -188,7 +165,10 @@ def when_yes(models):
     while len(hybrids) * len(singles) * 2 / 2**enough > SIGNIFICANT:
         enough += 1
     more = f": {enough} seeds; with {n} no p is below {2 / 2**n:.2g}" if enough > n else ""
-    return f"Except for attention, a yes or no needs p < {SIGNIFICANT} (paired sign-flip test, Holm){more}."
+    return (
+        "Better and worse mean that the uncorrected 95 % interval excludes 0. A yes or no needs "
+        f"p < {SIGNIFICANT} (paired sign-flip test, Holm; attention: permutation test){more}."
+    )
 
 
 def variants(models):
