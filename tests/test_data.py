@@ -78,7 +78,7 @@ BAD = {  # what is made in a folder, what is loaded, what is said
     "unknown data set": (lambda r: None, dict(dataset="cifar11"), "cifar11 is unknown: choose one of shapes"),
     "no folder": (lambda r: r.rmdir(), {}, "is not a folder: give the one that holds"),
     "a file for a folder": (lambda r: (r.rmdir(), broken(r)), {}, "is not a folder"),
-    "nothing in it": (lambda r: None, {}, "holds nothing: put images into"),
+    "nothing in it": (lambda r: None, {}, "holds nothing: put images there"),
     "no images": (lambda r: broken(r / "train/a/notes.txt"), {}, "no file with an image's suffix"),
     "only hidden images": (lambda r: broken(r / "train/a/.0.jpg"), {}, "no file with an image's suffix"),
     "text called jpg": (

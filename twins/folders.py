@@ -213,7 +213,7 @@ def image_files(root):
         content = "nothing"
         if left:
             content = f"no file with an image's suffix ({suffixes}); other files: {left.total()}"
-        raise UserError(f"{root} holds {content}: put images into {root}/<class>/")
+        raise UserError(f"{root} holds {content}: put images there, or into <class>/ there")
     if left:
         kinds = ", ".join(f"{n} {what}" for what, n in left.most_common(8))
         print(f"{root}: left out {left.total()} that do not look like images: {kinds}", flush=True)

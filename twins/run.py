@@ -98,6 +98,7 @@ class Run:
         """Yields the steps to do, each with its own random numbers; saves; a signal ends it after a step."""
         for module in self.modules.values() if self.config["compile"] else ():
             compile_blocks(module)
+        self.bar.unpause()  # the evaluation before the first step does not count
         began = time.monotonic()
         for step in range(self.start, self.steps):
             seed_step(self.config["seed"], step)

@@ -285,4 +285,6 @@ def start_from(script, config, vit):
     side = max(script["image_size"] // args["patch_size"], 1)  # the script checks both sizes next
     state["pos_embed"] = backbone.positions(side, side).detach()
     print(f"--init: {metadata['network']} of {path}, {args}")
+    if args["image_size"] != script["image_size"]:
+        print(f"--init: positions are interpolated to --image_size={script['image_size']}")
     return state
