@@ -469,7 +469,7 @@ def test_the_readmes_figures_are_those_of_the_rows():
     assert [part for part, _, _ in blocks] == ["answer", "results"]
     for part, name, text in blocks:
         assert text == answer(ROOT / "results", name)[part] + "\n"
-    studies = [path.parent for path in ROOT.glob("results/*/rows.jsonl") if "pilot" not in path.parent.name]
+    studies = [path.parent for path in ROOT.glob("results/*/rows.jsonl")]
     assert studies
     for folder in studies:
         study, attention = folder.name.partition("-")[0], read_attention(folder)

@@ -83,7 +83,8 @@ def test_pictures_print_names_as_a_paper_does(monkeypatch):
     images, masks = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8)
     masks[0, :4] = 1
     figure = drawn(monkeypatch, evaluation_pictures, lambda: attention_picture(images, panels, masks))
-    assert [text.get_text() for text in figure.texts] == ["", "DINO", "Barlow Twins", "mine"]
+    names = ["", "DINO", "Barlow Twins", "", "mine"]  # each line begins with the images
+    assert [text.get_text() for text in figure.texts] == names
     d, groups = torch.rand(3, 3), torch.arange(3)
     names = ["hybrid_a", "hybrid_b", "mine"]
     figure = drawn(monkeypatch, evaluation_pictures, lambda: divergence_picture(d, names, groups, groups))

@@ -241,6 +241,12 @@ def test_keys_in_the_way_are_named(model, tmp_path):
         loaded(tmp_path)
 
 
+def test_a_run_that_has_saved_nothing_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no ckpt.pt and no model.safetensors: its run has saved nothing"):
+        loaded(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "ckpt.pt"])
 def test_a_fifo_of_weights_is_a_sentence_and_no_hang(tmp_path, name):
     os.mkfifo(tmp_path / name)

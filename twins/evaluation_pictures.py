@@ -14,7 +14,7 @@ from einops import rearrange
 from twins.pictures import load_matplotlib, png, printed
 
 BITS = 4  # attention from 1/16 to 16 times uniform, the same scale in every figure
-COLUMNS = 13  # of attention.png, at most; it then continues on another line
+COLUMNS = 9  # of attention.png, at most; it then continues on another line
 TILE, GAP, HEADING, BAR = 1.2, 0.06, 0.5, 1.0  # inches: side, distance, space for titles and colour bar
 
 
@@ -54,13 +54,13 @@ def draw_tiles(lines, rows, foot=0.0):
     """A sheet of square tiles with the colour bar of attention; foot: inches left free at the bottom.
 
     lines: from top to bottom, each {group: {title: list of `rows` tiles [h w 3]}}. Returns the figure and the
-    axes of the first column.
+    axes of the columns titled "image".
     """
     widths = [sum(len(group) * (TILE + GAP) + 2 * GAP for group in line.values()) for line in lines]
     width, line_height = max(widths) + BAR, HEADING + rows * (TILE + GAP)
     height = len(lines) * line_height + foot + GAP
     figure = load_matplotlib().figure.Figure(figsize=(width, height))
-    first_column = []
+    image_axes = []
     for k, line in enumerate(lines):
         left, top = GAP, height - k * line_height
         for name, group in line.items():
@@ -72,15 +72,15 @@ def draw_tiles(lines, rows, foot=0.0):
                     axis.imshow(pixels, interpolation="nearest")
                     axis.axis("off")
                     axis.set_title(title if i == 0 else "", fontsize=8, pad=3)
-                    if len(first_column) < rows:
-                        first_column.append(axis)
+                    if title == "image":
+                        image_axes.append(axis)
                 left += TILE + GAP
             left += 2 * GAP
     bar = min(rows * (TILE + GAP) - GAP, 4)
     box = ((width - BAR + 0.1) / width, (height - HEADING - bar) / height, 0.15 / width, bar / height)
     label = "log2(attention / uniform); white: uniform"
     figure.colorbar(attention_scale(), cax=figure.add_axes(box), label=label, extend="both")
-    return figure, first_column
+    return figure, image_axes
 
 
 def attention_picture(images, panels, masks=None):
@@ -94,8 +94,8 @@ def attention_picture(images, panels, masks=None):
     used = 1  # columns of the last line
     for name, columns in panels.items():
         if used + len(columns) > COLUMNS and used > 1:
-            lines.append({})
-            used = 0
+            lines.append({"": {"image": list(pixels)}})
+            used = 1
         group = lines[-1][printed(name)] = {}
         for title, maps in columns.items():
             if maps.dtype == torch.bool:
@@ -105,10 +105,11 @@ def attention_picture(images, panels, masks=None):
             else:
                 group[title] = [attention_tile(attention) for attention in maps]
         used += len(columns)
-    figure, axes = draw_tiles(lines, len(images))
-    for axis, mask in zip(axes, () if masks is None else masks, strict=False):
-        if (mask > 0).any():
-            axis.contour(mask > 0, levels=[0.5], colors="lime", linewidths=1)
+    figure, image_axes = draw_tiles(lines, len(images))
+    for i, axis in enumerate([] if masks is None else image_axes):
+        objects = masks[i % len(images)] > 0
+        if objects.any():
+            axis.contour(objects, levels=[0.5], colors="lime", linewidths=1)
     return png(figure)
 
 

@@ -142,6 +142,9 @@ def read_tensors(path, saved):
         if not (path / "config.json").exists():
             raise UserError(f"{path} is neither a run nor an export (no config.json): give one of its files")
         file = path / "model.safetensors"
+        if not file.exists():
+            missing = "holds no ckpt.pt and no model.safetensors: its run has saved nothing yet"
+            raise UserError(f"{path} {missing}")
         config = read_json(path / "config.json")
         model_args = config.get("model_args")
         if isinstance(model_args, dict) and type(model_args.get("num_heads")) is int:
