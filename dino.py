@@ -22,7 +22,7 @@ from torch import nn
 
 from data import Batches, Crop, fingerprint, load, multi_crop, training_split, view_features
 from twins.keys import configure
-from twins.monitor import correlation_meters, entropy, evaluate
+from twins.monitor import correlation_meters, evaluate, teacher_meters
 from twins.processes import BatchNorm1d, distributed, global_mean, setup, to_float32
 from twins.run import Run
 from twins.weights import start_from
@@ -255,7 +255,7 @@ if __name__ == "__main__":
         if done % log_every == 0 or evaluate_now:
             row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=lr)
             # --- method
-            row.update(teacher_entropy=entropy(p_t), kl=ce - entropy(p_t))  # CE = H(P_t) + KL
+            row.update(teacher_meters(p_t, ce))  # how much its output tells about the image
             row.update(correlation_meters(z_s[1], z_t[0]))  # of two different views
             # --- end method
             if evaluate_now:

@@ -16,7 +16,7 @@ import pytest
 
 import ablate
 from conftest import ROOT, launch
-from twins.answer import answer, random_weights, result_table
+from twins.answer import answer, random_weights, removals_table, result_table
 from twins.errors import UserError
 from twins.files import read_json, write_file
 from twins.jobs import run_jobs
@@ -239,7 +239,12 @@ def test_tables_of_planted_rows():
     assert "| EMA off | 6 | -10.0 | -10.0 to -10.0 | 0.031 | 0.062 | 0 of 6 (0 to 39 %) | cannot go |" in text
     assert "| centering off | 5 | +0.5 | +0.5 to +0.5 | 0.062 | 0.062 | 0 of 5 (0 to 43 %) | can go |" in text
     assert "Rows of 2 commits, whose code may differ: aaaaaaaa, bbbbbbbb;" in text
-    assert files["removal.png"].startswith(b"\x89PNG")
+    assert files["removal.png"].startswith(b"\x89PNG") and "information" not in text
+    rows = [{**r, "teacher_information": 1.5 if r["label"] == "full" else 0.004} for r in rows]
+    text = report_study(rows, "removal")["README.md"]
+    assert "with random weights. The teacher's information: 1.500 nats." in text
+    assert "verdict | teacher's information, nats |" in text and "cannot go | 0.004 |" in text
+    assert "| -10.0, cannot go, CE dead in 6 |" in removals_table({"DINO": rows})
 
     rows = [row("dino", "full", 1, 0.4), row("dino", "full", 2, 0.5), row("barlow", "full", 2, 0.6)]
     assert paired(rows[2:], rows[:2], "held-out k-NN") == pytest.approx([0.1])
@@ -290,10 +295,11 @@ def test_the_rule_of_collapse(tmp_path, knn, rank, diverged, collapsed):
     config = {"git_commit": "a", "git_edited": False, "device_name": "cpu", "versions": {"torch": "2"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     log = [{"step": 0, "knn": 0.2, "rank": 10}, {"step": 5, "loss": 1}]
-    log.append({"step": 9, "knn": knn, "rank": rank, "seconds": 3})
+    log.append({"step": 9, "knn": knn, "rank": rank, "seconds": 3, "teacher_information": 1.25})
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     results = run_results(tmp_path, 1e14, diverged)
     assert results["collapsed"] == collapsed and results["pflop"] == pytest.approx(0.9)
+    assert results["teacher_information"] == 1.25
     assert results["knn"] == (0.2 if diverged else knn)  # a run that diverged counts as its untrained network
 
 

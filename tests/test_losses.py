@@ -154,3 +154,18 @@ def test_entropy():
 
     assert entropy(torch.full((3, 8), 1 / 8)).item() == pytest.approx(math.log(8))
     assert entropy(F.one_hot(torch.arange(3), 8).float()).item() == 0
+
+
+def test_the_teachers_information_is_0_in_both_trivial_solutions():
+    from twins.monitor import teacher_meters
+
+    one_each = torch.eye(8).expand(2, 8, 8)  # every image on a prototype of its own
+    meters = teacher_meters(one_each, torch.tensor(0.5))
+    assert meters["teacher_information"].item() == pytest.approx(math.log(8))
+    assert meters["teacher_entropy"].item() == 0 and meters["kl"].item() == 0.5
+    for p_t in (torch.full((2, 8, 8), 1 / 8), one_each[:, :1].expand(2, 8, 8)):  # uniform, constant
+        assert teacher_meters(p_t, torch.tensor(2.5))["teacher_information"].item() == pytest.approx(0)
+    half = torch.cat([one_each, torch.full((2, 8, 8), 1 / 8)], 1)  # half of the images are told apart
+    assert teacher_meters(half, torch.tensor(2.5))["teacher_information"].item() == pytest.approx(
+        math.log(8) / 2
+    )

@@ -118,7 +118,8 @@ LN_K = math.log(1024)
         (dict(teacher_entropy=0.995 * LN_K), "uniform"),
         (dict(teacher_entropy=0.001), "one prototype"),
         (dict(teacher_entropy=5.0, ce=1.001 * LN_K), "stuck"),
-        (dict(teacher_entropy=5.0, kl=0.002), "same output"),
+        (dict(teacher_entropy=5.0, kl=0.5, teacher_information=0.002), "same for all images"),
+        (dict(teacher_entropy=5.0, kl=0.002, teacher_information=1.0), ""),
         (dict(feature_std=0.001), "same features"),
         (dict(teacher_entropy=5.0, ce=1.001 * LN_K, epoch=0.5), ""),
         (dict(teacher_entropy=5.0, ce=6.0, kl=1.0, feature_std=0.5), ""),
@@ -141,7 +142,7 @@ def test_every_evaluation_row_has_its_meters(train, script):
     meters = {"knn", "knn_init", "feature_std", "rank"}
     learned = {"step", "epoch", "loss", "lr", "images_per_s", "c_diag", "c_off"}
     learned |= {"cc"} if script != "dino.py" else set()
-    learned |= {"ce", "teacher_entropy", "kl"} if script != "barlow.py" else set()
+    learned |= {"ce", "teacher_entropy", "kl", "teacher_information"} if script != "barlow.py" else set()
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert meters <= rows[0].keys() and rows[0]["knn"] == rows[0]["knn_init"]
     assert all(meters | learned <= rows[i].keys() for i in (2, 3)) and learned <= rows[1].keys()

@@ -20,7 +20,7 @@ from twins.sentences import (
     verdicts,
     when_yes,
 )
-from twins.studies import group_rows, measures, pair_with_full, paired, read_rows
+from twins.studies import ce_is_dead, group_rows, measures, pair_with_full, paired, read_rows
 from twins.study_pictures import METRIC
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -84,19 +84,25 @@ def removals_table(removals):
         outcomes = verdicts(runs, differences)
         seeds = count_seeds(*sorted({len(values) for values in differences.values()}))
         means = {key: 100 * np.mean([row[key] for row in runs["full"]]) for key in ("knn", "knn_init")}
-        cells = {"nothing": f"{means['knn']:.1f} ({means['knn_init']:.1f})"}
+        cells = {"nothing": f"{means['knn']:.1f} ({means['knn_init']:.1f}){failures(runs['full'])}"}
         for label, values in differences.items():
             name, _, state = label.rpartition(" ")
             name = "all of these" if name == "all" else name
             cells[name] = "already off"
             if state == "off":
                 cells[name] = f"{100 * np.mean(values):+.1f}, {outcomes[label.removesuffix(' off')]}"
-                failed = sum(row["collapsed"] for row in runs[label])
-                cells[name] += f", {failed} failed" if failed else ""
+                cells[name] += failures(runs[label])
         columns[f"{title}, {rows[0]['budget']:g} PFLOP, {seeds}"] = cells
     names = dict.fromkeys(name for cells in columns.values() for name in cells)
     lines = [[name, *(cells.get(name, "") for cells in columns.values())] for name in names]
     return table([f"{METRIC} (untrained) and change without", *columns], lines)
+
+
+def failures(rows):
+    """How many runs collapsed, and in how many the teacher's output became the same for all images."""
+    failed = sum(row["collapsed"] for row in rows)
+    dead = sum(map(ce_is_dead, rows))
+    return (f", {failed} failed" if failed else "") + (f", CE dead in {dead}" if dead else "")
 
 
 def bullets(answers):

@@ -10,6 +10,8 @@ from twins.errors import UserError
 from twins.processes import global_mean, map_shards
 
 COLLAPSED_RANK = 0.25  # a run collapsed if its RankMe is below this share of random weights'
+NO_INFORMATION = 0.01  # nats; with less about the image in the teacher's output, CE teaches nothing
+NO_INFORMATION = 0.01  # nats: below it, the teacher's output is the same for all images
 
 
 def features(backbone, images, indices, device, autocast, batch_size=500, size=0):
@@ -82,12 +84,24 @@ def entropy(p):
     return -(p * p.clamp(min=1e-12).log()).sum(-1).mean()
 
 
+@torch.no_grad()
+def teacher_meters(p_t, ce):
+    """teacher_entropy, kl, teacher_information in nats, of the teacher's P_t [u b k] and ce = H(P_t) + KL.
+
+    The last is the mutual information of image and prototype, H(mean of P_t) - mean of H(P_t): 0 if the
+    output is the same for all images, sharp or uniform, so that CE teaches nothing; at most ln(u b).
+    """
+    h = entropy(p_t)
+    information = entropy(global_mean(p_t.mean((0, 1)))) - h
+    return {"teacher_entropy": h, "kl": ce - h, "teacher_information": information}
+
+
 def collapse(rows, steps, config):
     """One sentence if a run's log shows signs of collapse, else ''. config: the run's options.
 
     Signs in evaluations, after the learning-rate warm-up: RankMe below a quarter of its first value, or k-NN
     below that of random weights twice in a row. Signs in the last rows, 4 % of the run but at least two: a
-    teacher that is uniform, constant or equal to the student.
+    teacher that is uniform, or whose output is the same for all images.
     """
     if not rows:
         return ""
@@ -110,8 +124,8 @@ def collapse(rows, steps, config):
         return f"the teacher is uniform over the prototypes (teacher_entropy is {uniform:.3f}): sharpen it"
     if always("teacher_entropy", 0, 0.01 * uniform):
         return "the teacher puts every image on one prototype (teacher_entropy is 0): is centering on?"
-    if always("kl", -1, 0.01):
-        return f"every image has the same output (kl is {rows[-1]['kl']:.2g}): sharpen or center the teacher"
+    if not warming_up and always("teacher_information", -1, NO_INFORMATION):
+        return "the teacher's output is the same for all images (teacher_information 0): CE teaches nothing"
     if not warming_up and always("ce", 0.99 * uniform, 1.01 * uniform):
         return f"ce is stuck at ln out_dim = {uniform:.3f}, the loss of a student that knows nothing"
     if rows[-1].get("feature_std", 1) < 0.01:

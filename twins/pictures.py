@@ -29,7 +29,7 @@ BY_TIME = "k-NN accuracy by time"
 PANELS = {  # of curves.png: {title: prefixes of log columns}; the first match counts
     "k-NN accuracy": ("knn",),
     BY_TIME: (),  # filled from "knn"
-    "entropy, divergence (nats)": ("teacher_entropy", "kl"),
+    "teacher's output (nats)": ("teacher_", "kl"),
     "feature std, C": ("feature_std", "c_diag", "c_off"),
     "effective rank (RankMe)": ("rank",),
     "learning rate": ("lr",),

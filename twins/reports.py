@@ -14,6 +14,7 @@ from twins.pictures import printed
 from twins.sentences import compare_trials
 from twins.stats import expected_best, holm, sign_flip_p, t_interval, verdict, wilson_interval
 from twins.studies import (
+    INFORMATION,
     check_rows,
     group_rows,
     learned,
@@ -117,6 +118,21 @@ def table(columns, rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def information(rows):
+    """Mean teacher_information, in nats; '' if no row has it."""
+    values = [row[INFORMATION] for row in rows if INFORMATION in row]
+    return f"{np.mean(values):.3f}" if values else ""
+
+
+def add_information(columns, lines, groups):
+    """Adds a last column to a table: the information() of `groups`, one for each line, if there is any."""
+    cells = [information(rows) for rows in groups]
+    if any(cells):
+        columns.append("teacher's information, nats")
+        for line, cell in zip(lines, cells, strict=True):
+            line.append(cell)
+
+
 def percent(values):
     """Mean and standard deviation of shares, in per cent; a dash for none."""
     if not values:
@@ -164,6 +180,7 @@ def report_later_round(groups):
             lines.append([title, row["label"], row["steps"], *trained, *untrained])
     columns = ["method", "setting", "steps", METRIC, "RankMe", "collapsed"]
     columns += ["k-NN, untrained", "RankMe, untrained"]
+    add_information(columns, lines, [[row] for rows in groups.values() for row in rows])
     return [table(columns, lines), *best_settings(groups)], {}
 
 
@@ -194,8 +211,9 @@ def report_models(groups):
         ranks = f"{mean['rank']:.1f} ({mean['rank_init']:.1f})"
         lines.append([title, len(rows), *cost, collapsed_share(rows), ranks, *spreads(rows, names)])
     columns = ["method", "seeds", "PFLOP", "steps", "views", "minutes"]
-    columns += ["collapsed (95 %)", "RankMe (untrained)"]
-    tables = [table([*columns, *names], lines)]
+    columns += ["collapsed (95 %)", "RankMe (untrained)", *names]
+    add_information(columns, lines, groups.values())
+    tables = [table(columns, lines)]
     panels = {}
     for name in names:
         pairs = {f"{b} - {a}": paired(groups[b], groups[a], name) for a, b in combinations(groups, 2)}
@@ -213,7 +231,9 @@ def report_removal(groups):
     for title, rows in groups.items():
         runs, panel = pair_with_full(rows)
         full, untrained = (percent([row[name] for row in runs["full"]]) for name in ("knn", "knn_init"))
-        tables.append(f"{title}: {METRIC} {full} with nothing removed, {untrained} with random weights.")
+        nats = information(runs["full"])
+        text = f"{title}: {METRIC} {full} with nothing removed, {untrained} with random weights."
+        tables.append(f"{text} The teacher's information: {nats} nats." if nats else text)
         if panel:
             panels[title] = panel
             tables.append(differences_table(title, panel, runs))
@@ -234,6 +254,8 @@ def differences_table(name, panel, runs=None):
             can_it_go = verdict(t_interval(differences), learned(runs["full"])) if is_off else "-"
             line += [collapsed_share(runs[label]), can_it_go]
         lines.append(line)
+    if runs:
+        add_information(columns, lines, [runs[label] for label in panel])
     return table(columns, lines)
 
 

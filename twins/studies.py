@@ -6,7 +6,7 @@ from pathlib import Path
 
 from twins.errors import UserError
 from twins.files import read_json, read_json_lines, read_log, write_file
-from twins.monitor import COLLAPSED_RANK
+from twins.monitor import COLLAPSED_RANK, NO_INFORMATION
 from twins.pictures import NAMES, printed
 from twins.settings import MECHANISMS
 from twins.study_pictures import METRIC
@@ -15,6 +15,7 @@ KINDS = {"script": str, "label": str, "seed": int, "id": str, "setting": dict, "
 KINDS.update(git_commit=str, git_edited=bool, device=str, steps=int, views=int, seconds=float, curve=list)
 KINDS.update(knn=float, knn_init=float, rank=float, rank_init=float, collapsed=bool, pflop=float)
 REMOVALS = [f"{name} {state}" for name in (*MECHANISMS, "all") for state in ("off", "on")]
+INFORMATION = "teacher_information"  # in rows of methods with a teacher; older rows lack it
 LABELS = {"search": ["trial", "by hand"], "models": ["full"], "removal": ["full", *REMOVALS]}
 
 
@@ -31,8 +32,8 @@ def read_rows(folder):
 
 
 def is_sound(row):
-    """Whether a row has all of KINDS, a curve of pairs of numbers, and only numbers in `test`, if any."""
-    numbers = [*chain(*row["curve"]), *row.get("test", {}).values()]
+    """Whether a row has all of KINDS, a curve of pairs of numbers, and numbers in its optional fields."""
+    numbers = [*chain(*row["curve"]), *row.get("test", {}).values(), row.get(INFORMATION, 0)]
     pairs = row["curve"] and all(len(point) == 2 for point in row["curve"])
     kinds = all(type(row[name]) is kind for name, kind in KINDS.items())
     return pairs and kinds and all(isinstance(number, int | float) for number in numbers)
@@ -89,6 +90,8 @@ def run_results(folder, flop, diverged):
     row.update(steps=steps, pflop=steps * flop / 1e15, seconds=log[-1].get("seconds", 0.0))
     row.update(knn=last["knn"], knn_init=first["knn"], rank=last["rank"], rank_init=first["rank"])
     row["collapsed"] = diverged or rank_fell(row) or last["knn"] < first["knn"]
+    if INFORMATION in log[-1]:
+        row[INFORMATION] = log[-1][INFORMATION]
     row["curve"] = [[evaluation["step"] * flop / 1e15, evaluation["knn"]] for evaluation in evaluations]
     return row
 
@@ -96,6 +99,11 @@ def run_results(folder, flop, diverged):
 def rank_fell(row):
     """Whether a run's RankMe ended below a quarter of the untrained network's."""
     return row["rank"] < COLLAPSED_RANK * row["rank_init"]
+
+
+def ce_is_dead(row):
+    """Whether the teacher's output was the same for all images at a run's end, so that CE taught nothing."""
+    return row.get(INFORMATION, NO_INFORMATION) < NO_INFORMATION
 
 
 def trial_knn(row):
