@@ -1,5 +1,6 @@
 """Several jobs in parallel, each a sequence of commands; a failed job does not affect the others."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -11,6 +12,7 @@ import torch
 
 from twins.errors import UserError
 from twins.files import make_folder
+from twins.signals import handle_signals
 
 SLOTS = torch.cuda.device_count() or os.cpu_count()  # default number of parallel jobs
 
@@ -26,11 +28,6 @@ def run_jobs(jobs, slots):
     waiting = list(jobs)
     free_slots = list(range(slots))
     signals = []
-    handlers = {}
-    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-        if signal.getsignal(number) == signal.SIG_IGN:  # nohup
-            continue
-        handlers[number] = signal.signal(number, lambda number, frame: signals.append(number))
 
     def advance(slot, job, code=None):
         name, log, commands = job
@@ -45,22 +42,22 @@ def run_jobs(jobs, slots):
             print(f"{name} failed: {failures[name]}", flush=True)
         free_slots.append(slot)
 
-    told = False
-    while running or (waiting and not signals):
-        while waiting and free_slots and not signals:
-            advance(free_slots.pop(0), waiting.pop(0))
-        for process in [process for process in running if process.poll() is not None]:
-            slot, job = running.pop(process)
-            if not signals:
-                advance(slot, job, process.returncode)
-        if signals and not told:
-            told = True
-            print("stopping: each run saves after its current step", flush=True)
-            for process in running:
-                process.terminate()
-        time.sleep(0.1)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with contextlib.ExitStack() as held:
+        handle_signals(lambda number, frame: signals.append(number), held)
+        told = False
+        while running or (waiting and not signals):
+            while waiting and free_slots and not signals:
+                advance(free_slots.pop(0), waiting.pop(0))
+            for process in [process for process in running if process.poll() is not None]:
+                slot, job = running.pop(process)
+                if not signals:
+                    advance(slot, job, process.returncode)
+            if signals and not told:
+                told = True
+                print("stopping: each run saves after its current step", flush=True)
+                for process in running:
+                    process.terminate()
+            time.sleep(0.1)
     return failures, bool(signals)
 
 

@@ -11,13 +11,12 @@ from twins.evaluation_pictures import divergence_picture
 from twins.files import read_json, write_file
 from twins.permutation import sentence
 from twins.pictures import printed
-from twins.sentences import compare_trials
-from twins.stats import expected_best, holm, sign_flip_p, t_interval, verdict, wilson_interval
+from twins.sentences import compare_trials, verdicts
+from twins.stats import expected_best, holm, sign_flip_p, t_interval, wilson_interval
 from twins.studies import (
     INFORMATION,
     check_rows,
     group_rows,
-    learned,
     measures,
     pair_with_full,
     paired,
@@ -245,14 +244,13 @@ def differences_table(name, panel, runs=None):
     columns = [name, "pairs", "points", "95 % interval", "p", "p (Holm)"]
     if runs:
         columns += ["collapsed (95 %)", "verdict"]
+    outcomes = verdicts(runs, panel) if runs else {}
     ps = [sign_flip_p(differences) for differences in panel.values()]
     lines = []
     for (label, differences), p, corrected in zip(panel.items(), ps, holm(ps), strict=True):
         line = [label, len(differences), *points(differences), f"{p:.3f}", f"{corrected:.3f}"]
         if runs:
-            is_off = label.endswith("off")
-            can_it_go = verdict(t_interval(differences), learned(runs["full"])) if is_off else "-"
-            line += [collapsed_share(runs[label]), can_it_go]
+            line += [collapsed_share(runs[label]), outcomes.get(label.removesuffix(" off"), "-")]
         lines.append(line)
     if runs:
         add_information(columns, lines, [runs[label] for label in panel])
