@@ -513,6 +513,9 @@ def test_the_readmes_controls_are_those_of_the_rows():
     said += "CC, by {:.1f} with one Z for both losses"
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert said.format(*losses) in readme
+    alive = 100 * np.array(paired(groups["hybrid_b_alive"], groups["Hybrid B"], "test k-NN"))
+    interval = "{:.1f} to {:+.1f}".format(*t_interval(alive))
+    assert f"changes by {alive.mean():+.1f} points ({interval}; [controls]" in readme
     now, before = (group_rows(read_rows(ROOT / "results" / f"models-cifar10{n}")) for n in ("", "-round2"))
     gains = [100 * np.mean(paired(now[title], before[title], "test k-NN")) for title in before]
     assert f"third round raised test k-NN by {min(gains):.1f} to {max(gains):.1f} points" in readme
