@@ -36,7 +36,7 @@ def fill_pages():
 
 def result_table(results, kind, name):
     """A table of results/README.md: the removals of a data set, or what an evaluation's file holds."""
-    return removals_table(best_removals(results, name)) if kind == "removals" else table_of(results / name)
+    return removals_table(removal_studies(results, name)) if kind == "removals" else table_of(results / name)
 
 
 def answer(results, dataset):
@@ -47,7 +47,7 @@ def answer(results, dataset):
     search, models = (group_rows(read_rows(results / f"{s}-{dataset}")) for s in ("search", "models"))
     if search.keys() - models.keys() or not all(split_titles(models)):  # some methods alone are no comparison
         return dict.fromkeys(("answer", "results"), UNTRAINED)
-    removals = best_removals(results, dataset)
+    removals = removal_studies(results, dataset)
     mechanisms = summarise_removals(removals)
     if removals:
         mechanisms += " (One at a time, by uncorrected 95 % intervals: [table](results/README.md#removals).)"
@@ -77,9 +77,9 @@ def answer(results, dataset):
 
 
 def removals_table(removals):
-    """One row per mechanism: the change in k-NN accuracy without it and the verdict, of each method."""
-    columns = {}
-    for title, rows in removals.items():
+    """One row per mechanism: the change in k-NN accuracy without it and the verdict, of each study."""
+    titles, columns = [], []
+    for title, rows in [(title, rows) for title, studies in removals.items() for rows in studies]:
         runs, differences = pair_with_full(rows)
         outcomes = verdicts(runs, differences)
         seeds = count_seeds(*sorted({len(values) for values in differences.values()}))
@@ -92,10 +92,11 @@ def removals_table(removals):
             if state == "off":
                 cells[name] = f"{100 * np.mean(values):+.1f}, {outcomes[label.removesuffix(' off')]}"
                 cells[name] += failures(runs[label])
-        columns[f"{title}, {rows[0]['budget']:g} PFLOP, {seeds}"] = cells
-    names = dict.fromkeys(name for cells in columns.values() for name in cells)
-    lines = [[name, *(cells.get(name, "") for cells in columns.values())] for name in names]
-    return table([f"{METRIC} (untrained) and change without", *columns], lines)
+        titles.append(f"{title}, {rows[0]['budget']:g} PFLOP, {seeds}")
+        columns.append(cells)
+    names = dict.fromkeys(name for cells in columns for name in cells)
+    lines = [[name, *(cells.get(name, "") for cells in columns)] for name in names]
+    return table([f"{METRIC} (untrained) and change without", *titles], lines)
 
 
 def failures(rows):
@@ -116,14 +117,15 @@ def folders_of(results, study, dataset):
     return [folder for folder in folders if (folder / "rows.jsonl").exists()]
 
 
-def best_removals(results, dataset):
-    """{method: its rows}, of each method the removal study with the most rows, then the largest budget."""
+def removal_studies(results, dataset):
+    """{method: [its rows of one study, ...]} of studies with pairs, more seeds and larger budgets first."""
     studies_of = {}
     for folder in folders_of(results, "removal", dataset):
         for title, rows in group_rows(read_rows(folder)).items():
-            studies_of.setdefault(title, []).append(rows)
-    size = lambda rows: (len(rows), rows[0]["budget"])
-    return {title: max(studies, key=size) for title, studies in studies_of.items()}
+            if pair_with_full(rows)[1]:
+                studies_of.setdefault(title, []).append(rows)
+    size = lambda rows: (-len({row["seed"] for row in rows}), -rows[0]["budget"])
+    return {title: sorted(studies_of[title], key=size) for title in sorted(studies_of)}
 
 
 def same_settings(results, dataset):

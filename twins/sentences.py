@@ -3,7 +3,7 @@
 import numpy as np
 
 from twins.stats import holm, sign_flip_p, t_interval, verdict
-from twins.studies import learned, measures, pair_with_full, paired, rank_fell, trial_knn
+from twins.studies import ce_is_dead, learned, measures, pair_with_full, paired, rank_fell, trial_knn
 from twins.study_pictures import METRIC
 
 SIGNIFICANT = 0.05
@@ -133,10 +133,18 @@ def verdicts(runs, differences):
 
 
 def summarise_removals(removals):
-    """What each method can and cannot do without, one at a time, where the verdict is clear."""
+    """What each method can and cannot do without, one at a time, where the verdict is clear.
+
+    removals: {method: [rows of a study, ...]}; the first study that has a mechanism decides.
+    """
     sentences = []
     for title in sorted(removals, key=lambda title: title == "DINO"):  # the hybrids first
-        outcomes = verdicts(*pair_with_full(removals[title]))
+        outcomes, dead = {}, {}
+        for rows in reversed(removals[title]):
+            runs, differences = pair_with_full(rows)
+            for name, outcome in verdicts(runs, differences).items():
+                outcomes[name] = outcome
+                dead[name] = all(map(ce_is_dead, runs[f"{name} off"]))
         outcomes.pop("all", None)
         parts = []
         for outcome, verb, word in (("can go", "can", "and"), ("cannot go", "cannot", "or")):
@@ -144,6 +152,8 @@ def summarise_removals(removals):
                 parts.append(f"{verb} do without {enumeration(names, word)}")
         if parts:
             sentences.append(f"{title} {', but '.join(parts)}.")
+        if names := [name for name in outcomes if dead[name] and outcomes[name] == "can go"]:
+            sentences.append(f"Without {enumeration(names, 'or')} its CE is dead, and CC alone teaches.")
     return " ".join(sentences) or "Not answered yet: no removal has a clear result."
 
 
