@@ -291,7 +291,7 @@ if __name__ == "__main__":
         if done % log_every == 0 or evaluate_now:
             row = run.row(done, epoch=done / steps_per_epoch, loss=loss, **parts, lr=lr)
             # --- method
-            row.update(teacher_meters(p_t, ce))  # how much its output tells about the image
+            row.update(teacher_meters(p_t, ce))  # what its output tells about the image
             row.update(correlation_meters(z_s_cc[1], z_t_cc[0]))  # of two different views
             # --- end method
             if evaluate_now:

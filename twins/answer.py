@@ -84,14 +84,14 @@ def removals_table(removals):
         outcomes = verdicts(runs, differences)
         seeds = count_seeds(*sorted({len(values) for values in differences.values()}))
         means = {key: 100 * np.mean([row[key] for row in runs["full"]]) for key in ("knn", "knn_init")}
-        cells = {"nothing": f"{means['knn']:.1f} ({means['knn_init']:.1f}){failures(runs['full'])}"}
+        cells = {"nothing": f"{means['knn']:.1f} ({means['knn_init']:.1f}){failure_counts(runs['full'])}"}
         for label, values in differences.items():
             name, _, state = label.rpartition(" ")
             name = "all of these" if name == "all" else name
             cells[name] = "already off"
             if state == "off":
                 cells[name] = f"{100 * np.mean(values):+.1f}, {outcomes[label.removesuffix(' off')]}"
-                cells[name] += failures(runs[label])
+                cells[name] += failure_counts(runs[label])
         titles.append(f"{title}, {rows[0]['budget']:g} PFLOP, {seeds}")
         columns.append(cells)
     names = dict.fromkeys(name for cells in columns for name in cells)
@@ -99,7 +99,7 @@ def removals_table(removals):
     return table([f"{METRIC} (untrained) and change without", *titles], lines)
 
 
-def failures(rows):
+def failure_counts(rows):
     """How many runs collapsed, and in how many the teacher's output became the same for all images."""
     failed = sum(row["collapsed"] for row in rows)
     dead = sum(map(ce_is_dead, rows))

@@ -10,7 +10,6 @@ from twins.errors import UserError
 from twins.processes import global_mean, map_shards
 
 COLLAPSED_RANK = 0.25  # a run collapsed if its RankMe is below this share of random weights'
-NO_INFORMATION = 0.01  # nats; with less about the image in the teacher's output, CE teaches nothing
 NO_INFORMATION = 0.01  # nats: below it, the teacher's output is the same for all images
 
 
