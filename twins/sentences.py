@@ -133,7 +133,7 @@ def verdicts(runs, differences):
 
 
 def summarise_removals(removals):
-    """What each method can and cannot do without, one at a time, where the verdict is clear.
+    """What each hybrid can and cannot do without, and what DINO cannot, where the verdict is clear.
 
     removals: {method: [rows of a study, ...]}; the first study that has a mechanism decides.
     """
@@ -148,12 +148,13 @@ def summarise_removals(removals):
         outcomes.pop("all", None)
         parts = []
         for outcome, verb, word in (("can go", "can", "and"), ("cannot go", "cannot", "or")):
-            if names := [name for name in outcomes if outcomes[name] == outcome]:
+            names = [name for name in outcomes if outcomes[name] == outcome]
+            if names and (title, verb) != ("DINO", "can"):  # CC does not make those unnecessary
                 parts.append(f"{verb} do without {enumeration(names, word)}")
         if parts:
             sentences.append(f"{title} {', but '.join(parts)}.")
         if names := [name for name in outcomes if dead[name] and outcomes[name] == "can go"]:
-            sentences.append(f"Without {enumeration(names, 'or')} its CE is dead, and CC alone teaches.")
+            sentences.append(f"Without {enumeration(names, 'or')} its CE teaches nothing, only CC does.")
     return " ".join(sentences) or "Not answered yet: no removal has a clear result."
 
 
