@@ -608,10 +608,8 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     write_rows(tmp_path / "removal-cifar10-long", [r for r in longer if r["seed"] < 2])
     write_rows(tmp_path / "removal-cifar10-longer", longer[::seeds])
     write_rows(tmp_path / "removal-cifar100", longer)  # another data set
-    first, others = (
-        "Hybrid A, 0.2 PFLOP, 2 seeds |",
-        "Hybrid A, 0.2 PFLOP, 1 seed | Hybrid A, 0.1 PFLOP, 1 seed |",
-    )
+    first = "Hybrid A, 0.2 PFLOP, 2 seeds |"
+    others = "Hybrid A, 0.2 PFLOP, 1 seed | Hybrid A, 0.1 PFLOP, 1 seed |"
     assert f"| {first} {others} | --- |" in answer_text(tmp_path)
     assert "| nothing | 40.0 (20.0) | 40.0 (20.0) | 30.0 (20.0) |" in answer_text(tmp_path)
 

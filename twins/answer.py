@@ -79,24 +79,30 @@ def answer(results, dataset):
 def removals_table(removals):
     """One row per mechanism: the change in k-NN accuracy without it and the verdict, of each study."""
     titles, columns = [], []
-    for title, rows in [(title, rows) for title, studies in removals.items() for rows in studies]:
-        runs, differences = pair_with_full(rows)
-        outcomes = verdicts(runs, differences)
-        seeds = count_seeds(*sorted({len(values) for values in differences.values()}))
-        means = {key: 100 * np.mean([row[key] for row in runs["full"]]) for key in ("knn", "knn_init")}
-        cells = {"nothing": f"{means['knn']:.1f} ({means['knn_init']:.1f}){failure_counts(runs['full'])}"}
-        for label, values in differences.items():
-            name, _, state = label.rpartition(" ")
-            name = "all of these" if name == "all" else name
-            cells[name] = "already off"
-            if state == "off":
-                cells[name] = f"{100 * np.mean(values):+.1f}, {outcomes[label.removesuffix(' off')]}"
-                cells[name] += failure_counts(runs[label])
-        titles.append(f"{title}, {rows[0]['budget']:g} PFLOP, {seeds}")
-        columns.append(cells)
+    for title, studies in removals.items():
+        for rows in studies:
+            heading, cells = removals_column(title, rows)
+            titles.append(heading)
+            columns.append(cells)
     names = dict.fromkeys(name for cells in columns for name in cells)
     lines = [[name, *(cells.get(name, "") for cells in columns)] for name in names]
     return table([f"{METRIC} (untrained) and change without", *titles], lines)
+
+
+def removals_column(title, rows):
+    """One study's column of removals_table(): its heading, {mechanism: text}."""
+    runs, differences = pair_with_full(rows)
+    outcomes = verdicts(runs, differences)
+    means = {key: 100 * np.mean([row[key] for row in runs["full"]]) for key in ("knn", "knn_init")}
+    cells = {"nothing": f"{means['knn']:.1f} ({means['knn_init']:.1f}){failure_counts(runs['full'])}"}
+    for label, values in differences.items():
+        name, _, state = label.rpartition(" ")
+        text = "already off"
+        if state == "off":
+            text = f"{100 * np.mean(values):+.1f}, {outcomes[name]}{failure_counts(runs[label])}"
+        cells["all of these" if name == "all" else name] = text
+    seeds = count_seeds(*sorted({len(values) for values in differences.values()}))
+    return f"{title}, {rows[0]['budget']:g} PFLOP, {seeds}", cells
 
 
 def failure_counts(rows):

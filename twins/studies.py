@@ -102,7 +102,7 @@ def rank_fell(row):
 
 
 def ce_is_dead(row):
-    """Whether the teacher's output was the same for all images at a run's end, so that CE taught nothing."""
+    """Whether the teacher's output is the same for all images at a run's end, where CE teaches nothing."""
     return row.get(INFORMATION, NO_INFORMATION) < NO_INFORMATION
 
 
