@@ -50,7 +50,7 @@ def answer(results, dataset):
     removals = removal_studies(results, dataset)
     mechanisms = summarise_removals(removals)
     if removals:
-        mechanisms += " (One at a time, by uncorrected 95 % intervals: [table](results/README.md#removals).)"
+        mechanisms += " (By uncorrected 95 % intervals: [table](results/README.md#removals).)"
     first = {
         "Does CC give better features?": compare_models(models, main_measure(models)),
         "Which of DINO's mechanisms become unnecessary?": mechanisms,
@@ -61,13 +61,16 @@ def answer(results, dataset):
         question = f"And on {printed(name)}, with the settings of {source}?"
         others[question] = compare_models(groups, main_measure(groups))
     others["Is training more stable?"] = compare_collapse(search)
-    if any("mIoU" in measures(row) for rows in models.values() for row in rows):
-        others["Is segmentation better?"] = compare_models(models, "mIoU")
-    attention = {name: read_attention(results / f"models-{name}") for name in (dataset, *elsewhere)}
-    sentences = [f"{printed(name)}: {compare_attention(test)}" for name, test in attention.items() if test]
-    if sentences:
-        sentences.append("(Jensen-Shannon divergence, permutation tests over runs.)")
-        others["Do attention maps differ?"] = " ".join(sentences)
+    segmented = {"": models, **{name: groups for name, (groups, _) in elsewhere.items()}}
+    texts = {name: compare_models(groups, "mIoU") for name, groups in segmented.items() if has_miou(groups)}
+    if texts:
+        texts = [f"Pre-trained on {printed(name)}: {text}" if name else text for name, text in texts.items()]
+        others["Is segmentation better?"] = " ".join(texts)
+    studies = [folder for name in (dataset, *elsewhere) for folder in folders_of(results, "models", name)]
+    attention = {folder.name: read_attention(folder) for folder in studies}
+    attention = {name: read for name, read in attention.items() if read and "p" in read["tests"][0]}
+    if attention:
+        others["Do attention maps differ?"] = compare_attention(attention)
     floor = random_weights(results / f"models-{dataset}")
     picture = f'src="results/models-{dataset}/cost.png" alt="k-NN against PFLOP, {printed(dataset)}"'
     picture = f'<img align="right" width="330" {picture}>'
@@ -76,17 +79,39 @@ def answer(results, dataset):
     return {"answer": "\n\n".join(parts), "results": f"{bullets(others)}\n\n{wrap(studied)}"}
 
 
+def has_miou(groups):
+    return any("mIoU" in measures(row) for rows in groups.values() for row in rows)
+
+
 def removals_table(removals):
-    """One row per mechanism: the change in k-NN accuracy without it and the verdict, of each study."""
-    titles, columns = [], []
-    for title, studies in removals.items():
-        for rows in studies:
-            heading, cells = removals_column(title, rows)
-            titles.append(heading)
-            columns.append(cells)
-    names = dict.fromkeys(name for cells in columns for name in cells)
-    lines = [[name, *(cells.get(name, "") for cells in columns)] for name in names]
-    return table([f"{METRIC} (untrained) and change without", *titles], lines)
+    """One row per mechanism: the change in k-NN accuracy without it and the verdict, of each study.
+
+    For each hybrid also its change less that of DINO, of the studies that decide, if they can be compared.
+    """
+    columns = dict(removals_column(title, rows) for title in removals for rows in removals[title])
+    for title in [title for title in removals if "DINO" in removals and title != "DINO"]:
+        columns.update(less_dino(title, removals[title][0], removals["DINO"][0]))
+    names = dict.fromkeys(name for cells in columns.values() for name in cells)
+    lines = [[name, *(cells.get(name, "") for cells in columns.values())] for name in names]
+    return table([f"{METRIC} (untrained) and change without", *columns], lines)
+
+
+def less_dino(title, rows, dino):
+    """{heading: {mechanism: a hybrid's change less DINO's, paired by seed}}; {} if the studies differ."""
+    (runs, changes), (dino_runs, dino_changes) = pair_with_full(rows), pair_with_full(dino)
+    cells = {}
+    for label, values in changes.items():
+        seeds = [sorted(row["seed"] for row in some.get(label, [])) for some in (runs, dino_runs)]
+        if label.endswith(" off") and seeds[0] == seeds[1] and rows[0]["budget"] == dino[0]["budget"]:
+            mean, interval = points(np.subtract(values, dino_changes[label]))
+            cells[row_name(label)] = f"{mean} [{interval}]".replace(" to ", ", ")
+    return {f"{title}'s change less DINO's": cells} if cells else {}
+
+
+def row_name(label):
+    """The row of removals_table() that a label such as "EMA off" is in."""
+    name = label.rpartition(" ")[0]
+    return "all of these" if name == "all" else name
 
 
 def removals_column(title, rows):
@@ -96,11 +121,11 @@ def removals_column(title, rows):
     means = {key: 100 * np.mean([row[key] for row in runs["full"]]) for key in ("knn", "knn_init")}
     cells = {"nothing": f"{means['knn']:.1f} ({means['knn_init']:.1f}){failure_counts(runs['full'])}"}
     for label, values in differences.items():
-        name, _, state = label.rpartition(" ")
         text = "already off"
-        if state == "off":
-            text = f"{100 * np.mean(values):+.1f}, {outcomes[name]}{failure_counts(runs[label])}"
-        cells["all of these" if name == "all" else name] = text
+        if label.endswith(" off"):
+            outcome = outcomes[label.removesuffix(" off")]
+            text = f"{100 * np.mean(values):+.1f}, {outcome}{failure_counts(runs[label])}"
+        cells[row_name(label)] = text
     seeds = count_seeds(*sorted({len(values) for values in differences.values()}))
     return f"{title}, {rows[0]['budget']:g} PFLOP, {seeds}", cells
 

@@ -46,9 +46,10 @@ def compare_models(models, measure):
         return f"Inconclusive with {seeds}."
     if len(set(texts)) == 1:
         which = "both hybrids" if len(hybrids) > 1 else hybrids[0]
-        text = f"{texts[0]} ({which}, {seeds})."
+        text = f"{texts[0]} ({measure}, {which}, {seeds})."
         return word + (text if word else text[0].upper() + text[1:])
-    return f"{word}{'; '.join(f'{h} {text}' for h, text in zip(hybrids, texts, strict=True))} ({seeds})."
+    text = "; ".join(f"{h} {text}" for h, text in zip(hybrids, texts, strict=True))
+    return f"{word}{text} ({measure}, {seeds})."
 
 
 def list_sides(differences):
@@ -88,7 +89,9 @@ def compare_collapse(search):
     fewer_fell = all(fell[title] < fell["DINO"] and p < SIGNIFICANT for title, p in rank_ps.items())
 
     def count(counts, ps):
-        return ", ".join(f"{counts[title]} of {title}'s (p = {p:.3f})" for title, p in ps.items())
+        texts = [f"{counts[title]} of {possessive(title)} (p = {p:.3f})" for title, p in ps.items()]
+        texts += [f"{counts[title]} of {possessive(title)}" for title in counts if title not in ("DINO", *ps)]
+        return ", ".join(texts)
 
     word = "Yes" if fewer and fewer_fell else "Fewer settings fail" if fewer else "Not significant"
     by_rank = "By RankMe alone" if fewer_fell else "By RankMe alone, not significant"
@@ -100,24 +103,32 @@ def compare_collapse(search):
     )
 
 
+def possessive(title):
+    return f"{title}'" if title.endswith("s") else f"{title}'s"
+
+
 def failures(search, failed):
     """{method: number of trials for which failed(row)}, {hybrid: Holm's p of its difference from DINO}."""
-    titles = ("DINO", *split_titles(search)[0])
-    trials = {title: [{**row, "knn": failed(row)} for row in search[title]] for title in titles}
-    ps = {hybrid: p for (hybrid, _), (_, p) in compare(trials, METRIC).items()}
+    trials = {title: [{**row, "knn": failed(row)} for row in rows] for title, rows in search.items()}
+    with_dino = {title: trials[title] for title in ("DINO", *split_titles(search)[0])}
+    ps = {hybrid: p for (hybrid, _), (_, p) in compare(with_dino, METRIC).items()}
     return {title: sum(row["knn"] for row in rows) for title, rows in trials.items()}, ps
 
 
 def compare_attention(attention):
-    """attn_viz.py's test of all methods' maps, in one sentence."""
-    test = attention["tests"][0]
-    if "p" not in test:
-        return "not answered yet, that needs two seeds of each method."
-    n = sum(attention["names"][group] in test["groups"] for group in attention["group_of_run"])
-    word = "yes" if test["p"] <= SIGNIFICANT else "not significant"
+    """In how many studies the methods' maps differ, from attn_viz.py's test of all methods in each.
+
+    attention: {study: read_attention()}, of studies with at least two seeds.
+    """
+    tests = {study: figures["tests"][0] for study, figures in attention.items()}
+    ps = holm([test["p"] for test in tests.values()])
+    count = sum(p < SIGNIFICANT for p in ps)
+    texts = []
+    for study, test in tests.items():
+        texts.append(f"{study} {test['between']:.2f} and {test['within']:.2f} (p = {test['p']:.2g})")
     return (
-        f"{word}, {test['between']:.2f} bits between methods, {test['within']:.2f} between seeds of one "
-        f"method, p = {test['p']:.2g}, {n} runs."
+        f"In {count} of {len(tests)} studies. Jensen-Shannon divergence in bits between methods, and between "
+        f"seeds of one method: {', '.join(texts)}."
     )
 
 
@@ -132,35 +143,51 @@ def verdicts(runs, differences):
     return outcomes
 
 
-def summarise_removals(removals):
-    """What each hybrid can and cannot do without, and what DINO cannot, where the verdict is clear.
+def decide(studies):
+    """{mechanism: (verdict, differences, runs without it)}; the first study that has a mechanism decides."""
+    decided = {}
+    for rows in studies:
+        runs, differences = pair_with_full(rows)
+        for name, outcome in verdicts(runs, differences).items():
+            label = f"{name} off"
+            decided.setdefault(name, (outcome, differences[label], runs[label]))
+    return decided
 
-    removals: {method: [rows of a study, ...]}; the first study that has a mechanism decides.
+
+def summarise_removals(removals):
+    """What each hybrid can and cannot do without, and whether DINO can, where the verdict is clear.
+
+    removals: {method: [rows of a study, ...]}.
     """
+    decided = {title: decide(studies) for title, studies in removals.items()}
+    dino = decided.pop("DINO", {})
+    of_dino = {"can go": "so can DINO", "cannot go": "DINO cannot", None: "not tried in DINO"}
     sentences = []
-    for title in sorted(removals, key=lambda title: title == "DINO"):  # the hybrids first
-        outcomes, dead = {}, {}
-        for rows in reversed(removals[title]):
-            runs, differences = pair_with_full(rows)
-            for name, outcome in verdicts(runs, differences).items():
-                outcomes[name] = outcome
-                dead[name] = all(map(ce_is_dead, runs[f"{name} off"]))
-        outcomes.pop("all", None)
-        parts = []
-        for outcome, verb, word in (("can go", "can", "and"), ("cannot go", "cannot", "or")):
-            names = [name for name in outcomes if outcomes[name] == outcome]
-            if names and (title, verb) != ("DINO", "can"):  # CC does not make those unnecessary
-                parts.append(f"{verb} do without {enumeration(names, word)}")
+    for title, mechanisms in decided.items():
+        _, all_off, _ = mechanisms.pop("all", (None, [], None))
+        lists = {}  # {what is said of them: mechanisms}
+        for name, (outcome, _, _) in mechanisms.items():
+            if outcome == "can go":
+                said = of_dino.get(dino.get(name, [None])[0], "unclear in DINO")
+                lists.setdefault(said, []).append(name)
+        can = "; ".join(f"{enumeration(names, 'and')} ({said})" for said, names in lists.items())
+        cannot = enumeration([name for name in mechanisms if mechanisms[name][0] == "cannot go"], "or")
+        parts = [f"{verb} do without {names}" for verb, names in (("can", can), ("cannot", cannot)) if names]
         if parts:
             sentences.append(f"{title} {', but '.join(parts)}.")
-        if names := [name for name in outcomes if dead[name] and outcomes[name] == "can go"]:
-            sentences.append(f"Without {enumeration(names, 'or')} its CE teaches nothing, only CC does.")
+        dead = [name for name, (_, _, runs) in mechanisms.items() if all(map(ce_is_dead, runs))]
+        if dead := [name for name in dead if mechanisms[name][0] == "can go"]:
+            sentences.append(f"Without {enumeration(dead, 'or')} its CE teaches nothing, only CC does.")
+        if parts and len(all_off) > 1:
+            low, high = t_interval(all_off)
+            mean, low, high = (f"{100 * value:+.1f}" for value in (np.mean(all_off), low, high))
+            sentences.append(f"All at once: {mean} points ({low} to {high}).")
     return " ".join(sentences) or "Not answered yet: no removal has a clear result."
 
 
 def enumeration(names, word):
     """ "a, b and c" """
-    return f" {word} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return f" {word} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def count_seeds(*counts):
@@ -188,7 +215,7 @@ def variants(models):
     for title, rows in models.items():
         setting = rows[0]["setting"]
         if setting.get("head") == "two":
-            titles_of.setdefault("`--head=two`", []).append(title)
+            titles_of.setdefault("CC has its own projector, `--head=two`", []).append(title)
         if setting.get("cc_local") and setting.get("n_local"):
             titles_of.setdefault("`--cc_local=True`", []).append(title)
     return "; ".join(f"{' and '.join(titles)}: {option}" for option, titles in titles_of.items())
