@@ -37,6 +37,7 @@ from twins.errors import UserError
 from twins.evaluation_pictures import segmentation_picture
 from twins.files import git_state, write_file
 from twins.masks import load_masks
+from twins.pictures import printed
 from twins.processes import map_shards, rank, seed_step, setup, to_float32
 from twins.segmentation import PIXELS, Finetuned, Head, best_of_grid, patch_tokens, score
 from vit import ViT, check_size
@@ -196,7 +197,10 @@ if __name__ == "__main__":
         print(f"Jaccard of its top 60 % with the objects: {best_head:.1f} best head, {mean_map:.1f} mean map")
 
     rows = torch.from_numpy(np.random.default_rng((seed, 8)).permutation(len(truth))[:8])
-    columns = {"truth": truth[rows], **{name: predictions[name][rows] for name in networks}}
+    columns = {"truth": truth[rows]}
+    for name in networks:
+        title = printed(about.get("script", name)) if name == "this checkpoint" else name
+        columns[title] = predictions[name][rows]
     picture = segmentation_picture(test_set.images[rows], columns, maps[rows].mean(1), train_set.classes)
     write_file(folder / "seg_transfer.json", json.dumps(report, indent=1))  # last: the disk may be full
     write_file(folder / "segmentation.png", picture)

@@ -429,7 +429,7 @@ def test_masks_of_an_object_have_one_class(case, tmp_path):
     root = masked(tmp_path, *MASKS[case])
     assert has_masks("folder", root)
     found = load_masks("folder", root, 40)
-    assert found.classes == ["background", "class 1"] and found.masks.unique().tolist() == [0, 1]
+    assert found.classes == ["background", "object"] and found.masks.unique().tolist() == [0, 1]
     assert (found.masks[0].numpy() != DISK).mean() < 0.03
 
 

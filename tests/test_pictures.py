@@ -80,11 +80,15 @@ def test_pictures_print_names_as_a_paper_does(monkeypatch):
         name: {"mean of heads": maps, "60 %": maps > 0, "PCA": torch.rand(2, 4, 4, 3)}
         for name in ("dino", "barlow", "mine")
     }
+    del panels["mine"]["60 %"]
     images, masks = torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8)
     masks[0, :4] = 1
     figure = drawn(monkeypatch, evaluation_pictures, lambda: attention_picture(images, panels, masks))
-    names = ["", "DINO", "Barlow Twins", "", "mine"]  # each line begins with the images
-    assert [text.get_text() for text in figure.texts] == names
+    names = ["DINO", "Barlow Twins", "mine"]
+    assert [text.get_text() for text in figure.texts] == 2 * names  # for each image, so that they compare
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["image", "mean of heads", "60 %", "PCA"]
+    assert len(figure.axes) == 2 * (1 + 3 * 3 - 1) + 1  # "mine" lacks a column; the colour bar
     d, groups = torch.rand(3, 3), torch.arange(3)
     names = ["hybrid_a", "hybrid_b", "mine"]
     figure = drawn(monkeypatch, evaluation_pictures, lambda: divergence_picture(d, names, groups, groups))

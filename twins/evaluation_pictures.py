@@ -14,8 +14,7 @@ from einops import rearrange
 from twins.pictures import load_matplotlib, png, printed
 
 BITS = 4  # attention from 1/16 to 16 times uniform, the same scale in every figure
-COLUMNS = 9  # of attention.png, at most; it then continues on another line
-TILE, GAP, HEADING, BAR = 1.2, 0.06, 0.5, 1.0  # inches: side, distance, space for titles and colour bar
+TILE, GAP, HEADING, BAR, NAME = 1.2, 0.06, 0.3, 1.0, 0.35  # inches: side, distance, space for the rest
 
 
 def attention_scale():
@@ -50,67 +49,68 @@ def highlighted_tile(image, keep):
     return image * (0.2 + 0.8 * keep.numpy())
 
 
-def draw_tiles(lines, rows, foot=0.0):
+def draw_tiles(columns, names, block=1, foot=0.0):
     """A sheet of square tiles with the colour bar of attention; foot: inches left free at the bottom.
 
-    lines: from top to bottom, each {group: {title: list of `rows` tiles [h w 3]}}. Returns the figure and the
-    axes of the columns titled "image".
+    columns: {title: tiles [h w 3] or None, one per row}; names: of the rows. A gap follows each `block` rows.
+    Returns the figure and {(title, row): its axes}.
     """
-    widths = [sum(len(group) * (TILE + GAP) + 2 * GAP for group in line.values()) for line in lines]
-    width, line_height = max(widths) + BAR, HEADING + rows * (TILE + GAP)
-    height = len(lines) * line_height + foot + GAP
+    left = NAME if any(names) else GAP
+    width = left + len(columns) * (TILE + GAP) + BAR
+    blocks = -(-len(names) // block)
+    tall = len(names) * (TILE + GAP) + (blocks - 1) * 2 * GAP  # all rows
+    height = HEADING + tall + foot + GAP
     figure = load_matplotlib().figure.Figure(figsize=(width, height))
-    image_axes = []
-    for k, line in enumerate(lines):
-        left, top = GAP, height - k * line_height
-        for name, group in line.items():
-            figure.text(left / width, (top - 0.1) / height, name, va="top", weight="bold", size=10)
-            for title, tiles in group.items():
-                for i, pixels in enumerate(tiles):
-                    bottom = top - HEADING - i * (TILE + GAP) - TILE
-                    axis = figure.add_axes((left / width, bottom / height, TILE / width, TILE / height))
-                    axis.imshow(pixels, interpolation="nearest")
-                    axis.axis("off")
-                    axis.set_title(title if i == 0 else "", fontsize=8, pad=3)
-                    if title == "image":
-                        image_axes.append(axis)
-                left += TILE + GAP
-            left += 2 * GAP
-    bar = min(rows * (TILE + GAP) - GAP, 4)
+    axes = {}
+    for i, name in enumerate(names):
+        bottom = height - HEADING - (i + 1) * (TILE + GAP) - i // block * 2 * GAP
+        middle = (0.5 * left / width, (bottom + 0.5 * TILE) / height)
+        figure.text(*middle, textwrap.fill(name, 16), rotation=90, ha="center", va="center", size=8)
+        for j, (title, tiles) in enumerate(columns.items()):
+            if tiles[i] is not None:
+                corner = (left + j * (TILE + GAP)) / width, bottom / height
+                axis = axes[title, i] = figure.add_axes((*corner, TILE / width, TILE / height))
+                axis.imshow(tiles[i], interpolation="nearest")
+                axis.axis("off")
+    for title in columns:
+        first = next(axis for (name, _), axis in axes.items() if name == title)
+        first.set_title(title, fontsize=8, pad=3)
+    bar = min(tall, 4)
     box = ((width - BAR + 0.1) / width, (height - HEADING - bar) / height, 0.15 / width, bar / height)
     label = "log2(attention / uniform); white: uniform"
     figure.colorbar(attention_scale(), cax=figure.add_axes(box), label=label, extend="both")
-    return figure, image_axes
+    return figure, axes
 
 
 def attention_picture(images, panels, masks=None):
-    """attention.png: images uint8 [n 3 s s]; panels {group: {title: one of these for each image}}:
-    maps [n y x] of sum 1, patches to keep, bool [n y x], or colours [n y x 3].
+    """attention.png, a row for each image and group: images uint8 [n 3 s s]; panels {group: {title: column}}.
 
-    masks int16 [n s s] or None: the objects' outlines, drawn on the images. A group is never split.
+    A column is maps [n y x] of sum 1, patches to keep, bool [n y x], or colours [n y x 3]. masks int16
+    [n s s] or None: the objects' outlines, drawn on the images.
     """
     pixels = rearrange(images, "n c h w -> n h w c").numpy() / 255
-    lines = [{"": {"image": list(pixels)}}]
-    used = 1  # columns of the last line
-    for name, columns in panels.items():
-        if used + len(columns) > COLUMNS and used > 1:
-            lines.append({"": {"image": list(pixels)}})
-            used = 1
-        group = lines[-1][printed(name)] = {}
-        for title, maps in columns.items():
-            if maps.dtype == torch.bool:
-                group[title] = [highlighted_tile(p, keep) for p, keep in zip(pixels, maps, strict=True)]
-            elif maps.ndim == 4:
-                group[title] = list(maps.numpy())
-            else:
-                group[title] = [attention_tile(attention) for attention in maps]
-        used += len(columns)
-    figure, image_axes = draw_tiles(lines, len(images))
-    for i, axis in enumerate([] if masks is None else image_axes):
-        objects = masks[i % len(images)] > 0
+    titles = dict.fromkeys(title for columns in panels.values() for title in columns)
+    tiles = {title: [] for title in ("image", *titles)}
+    for i, image in enumerate(pixels):
+        tiles["image"] += [image] + [None] * (len(panels) - 1)
+        for title in titles:
+            tiles[title] += [column_tile(image, columns.get(title), i) for columns in panels.values()]
+    names = [printed(name) for name in panels]
+    figure, axes = draw_tiles(tiles, names * len(images), len(panels))
+    for i in range(0 if masks is None else len(images)):
+        objects = masks[i] > 0
         if objects.any():
-            axis.contour(objects, levels=[0.5], colors="lime", linewidths=1)
+            axes["image", i * len(panels)].contour(objects, levels=[0.5], colors="lime", linewidths=1)
     return png(figure)
+
+
+def column_tile(image, column, i):
+    """The tile of image i, [s s 3] from 0 to 1, in a column of attention_picture(); None without one."""
+    if column is None:
+        return None
+    if column.dtype == torch.bool:
+        return highlighted_tile(image, column[i])
+    return column[i].numpy() if column.ndim == 4 else attention_tile(column[i])
 
 
 def divergence_picture(mean, names, groups, seeds):
@@ -160,13 +160,14 @@ def segmentation_picture(images, columns, attention, classes):
     colours[0], colours[-1] = 0.15, 1.0
     pixels = list(rearrange(images, "n c h w -> n h w c").numpy() / 255)
     tiles = {"image": pixels}
+    grey = [image.mean(2, keepdims=True) for image in pixels]  # so that colours are only classes
     for title, masks in columns.items():
         painted = colours[masks.long()].numpy()
-        tiles[title] = [0.25 * image + 0.75 * paint for image, paint in zip(pixels, painted, strict=True)]
-    tiles["attention"] = [attention_tile(m) for m in attention]
+        tiles[title] = [0.25 * image + 0.75 * paint for image, paint in zip(grey, painted, strict=True)]
+    tiles["attention"] = [attention_tile(attention_map) for attention_map in attention]
     present = sorted({c for masks in columns.values() for c in masks.unique().tolist()})[:12]
     names = {c: printed(classes[c]) if c >= 0 else "not counted" for c in present}
-    figure, _ = draw_tiles([{"": tiles}], len(images), foot=0.1 + 0.2 * -(-len(names) // 4))
+    figure, _ = draw_tiles(tiles, [""] * len(images), foot=0.1 + 0.2 * -(-len(names) // 4))
     patches = []
     for c, name in names.items():
         patches.append(matplotlib.patches.Patch(facecolor=colours[c].tolist(), edgecolor="black", label=name))

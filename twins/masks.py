@@ -52,7 +52,9 @@ def load_masks(dataset, data_dir, image_size, split="train", skip_bad_images=Fal
     masks = torch.from_numpy(np.stack(masks))
     if masks.max() <= 0:
         raise UserError(f"the masks of {root} hold no object, only background and ignored pixels")
-    classes = classes or [f"class {i}" if i else "background" for i in range(int(masks.max()) + 1)]
+    if not classes:
+        names = ["object"] if masks.max() == 1 else [f"class {i + 1}" for i in range(int(masks.max()))]
+        classes = ["background", *names]
     return Split(pixels, None, classes, masks)
 
 

@@ -6,6 +6,12 @@ from twins.pictures import load_matplotlib, png
 from twins.stats import t_interval
 
 METRIC = "held-out k-NN"
+METHODS = ("DINO", "Barlow Twins", "Hybrid A", "Hybrid B")
+
+
+def colours(titles):
+    """{title: colour}; a method has the same one in all figures."""
+    return {title: f"C{i}" for i, title in enumerate(dict.fromkeys([*METHODS, *titles]))}
 
 
 def best_figure(curves):
@@ -13,7 +19,9 @@ def best_figure(curves):
     figure = load_matplotlib().figure.Figure(figsize=(5, 3.6), layout="constrained")
     axis = figure.subplots()
     for title, curve in curves.items():
-        axis.plot(range(1, len(curve) + 1), 100 * np.array(curve), marker="o", markersize=3, label=title)
+        numbers = range(1, len(curve) + 1)
+        line = {"marker": "o", "markersize": 3, "color": colours(curves)[title], "label": title}
+        axis.plot(numbers, 100 * np.array(curve), **line)
     axis.set(xlabel="random settings tried", ylabel=f"expected best {METRIC}, %")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False)
@@ -22,15 +30,17 @@ def best_figure(curves):
 
 def cost_figure(groups):
     """k-NN accuracy against PFLOP: a thin line per seed, a thick one for their mean."""
-    figure = load_matplotlib().figure.Figure(figsize=(5, 3.6), layout="constrained")
+    figure = load_matplotlib().figure.Figure(figsize=(4.2, 3.2), layout="constrained")
     axis = figure.subplots()
-    for i, (title, rows) in enumerate(groups.items()):
+    for title, rows in groups.items():
+        colour = colours(groups)[title]
         for row in rows:
-            axis.plot(*np.array(row["curve"]).T * [[1], [100]], color=f"C{i}", linewidth=0.6, alpha=0.5)
+            axis.plot(*np.array(row["curve"]).T * [[1], [100]], color=colour, linewidth=0.6, alpha=0.5)
         full = max(len(row["curve"]) for row in rows)
         mean = np.mean([row["curve"] for row in rows if len(row["curve"]) == full], axis=0)
-        axis.plot(mean[:, 0], 100 * mean[:, 1], color=f"C{i}", linewidth=2, label=title)
+        axis.plot(mean[:, 0], 100 * mean[:, 1], color=colour, linewidth=2, label=title)
     axis.set(xlabel="PFLOP of training", ylabel=f"{METRIC}, %")
+    axis.locator_params("x", nbins=5)
     axis.legend(frameon=False)
     return png(figure)
 
