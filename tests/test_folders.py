@@ -54,6 +54,18 @@ def tree(root, *names):
     return root
 
 
+def test_pictures_that_a_run_writes_are_no_photographs(tmp_path, capsys):
+    """--out_dir inside --data_dir, and attn_viz.py --out_dir equal to --images."""
+    tree(tmp_path, "cat/a.png", "cat/curves.png", "dog/b.png", "out/r1/crops.png", "out/r1/curves.png")
+    (tmp_path / "out/r1/config.json").write_text("{}")
+    split = load(tmp_path)
+    assert split.classes == ["cat", "dog"] and len(split.images) == 3  # a photograph may have any name
+    assert "2 picture of a run" in capsys.readouterr().out
+    tree(tmp_path / "mine", "c.png", "attention.png", "divergence.png")
+    (tmp_path / "mine/attention.json").write_text("{}")
+    assert len(attn_viz.own_images(tmp_path / "mine", 8).images) == 1
+
+
 def load(root, split="train", size=8, **more):
     return datasets.load("folder", root, size, split, **more)
 

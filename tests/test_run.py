@@ -354,6 +354,34 @@ def test_two_runs_do_not_share_a_folder(command, tmp_path):
         )
 
 
+def test_a_moved_folder_is_made_again_and_one_in_its_place_is_not_written_to(start_run, tmp_path, capsys):
+    layer = torch.nn.Linear(1, 1)
+    run = start_run({"student": layer}, layer)
+    out, before = tmp_path / "run", tmp_path / "before"
+    run.log(0, {"loss": 1.0})
+    out.rename(before)
+    run.log(1, {"loss": 2.0})
+    assert "run was moved or deleted while this run wrote there" in capsys.readouterr().out
+    assert [row["step"] for row in files.read_log(out / "log.jsonl")] == [0, 1]
+    run.save(1)
+    assert not run.unsaved and {p.name for p in before.iterdir()} == {"config.json", "script.py", "log.jsonl"}
+    out.rename(tmp_path / "again")
+    with files.only_writer(out):  # another run is there
+        run.log(2, {"loss": 3.0})
+        run.save(2)
+        assert "another process is writing into" in run.unsaved and not list(out.iterdir())
+    write_file(out / "ckpt.pt", "another run's")  # and has ended
+    run.save(3)
+    assert "already holds a run" in run.unsaved and [p.name for p in out.iterdir()] == ["ckpt.pt"]
+    (out / "ckpt.pt").unlink()
+    run.log(4, {"loss": 4.0})
+    run.save(4)
+    assert not run.unsaved and [row["step"] for row in files.read_log(out / "log.jsonl")] == [0, 1, 2, 4]
+    (out / "log.jsonl").unlink()
+    run.log(5, {"loss": 5.0})
+    assert [row["step"] for row in files.read_log(out / "log.jsonl")] == [0, 1, 2, 4, 5]
+
+
 def test_real_cifar100_is_read_as_published(real_images):
     test = data.load("cifar100", real_images, 32, "test")
     assert (

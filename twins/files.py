@@ -56,12 +56,32 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def only_writer(folder, hint="give another --out_dir"):
-    """Makes a folder and keeps other runs and studies from writing there. Raises UserError if one does."""
-    try:
-        with locked(make_folder(folder), wait=False):
-            yield
-    except BlockingIOError:
-        raise UserError(f"another process is writing into {folder}: {hint}") from None
+    """Makes a folder and keeps other runs and studies from writing there. Raises UserError if one does.
+
+    Yields a function to call before writing, claim(check): if the folder was moved or deleted, it makes and
+    locks another one, unless check(folder) raises, because there is a new run in its place.
+    """
+    identity = None
+
+    def claim(check=lambda folder: None):
+        nonlocal identity
+        with contextlib.suppress(OSError):
+            if identity and os.path.samestat(os.stat(folder), identity):
+                return
+        with contextlib.ExitStack() as new:
+            try:
+                new.enter_context(locked(make_folder(folder), wait=False))
+            except BlockingIOError:
+                raise UserError(f"another process is writing into {folder}: {hint}") from None
+            check(folder)
+            if identity:
+                print(f"warning: {folder} was moved or deleted while this run wrote there: it is made again")
+            identity = os.stat(folder)
+            held.enter_context(new.pop_all())
+
+    with contextlib.ExitStack() as held:
+        claim()
+        yield claim
 
 
 def read_json(path):

@@ -22,6 +22,8 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
 SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 IMAGES = ("images", "jpegimages")
 JUNK = {"@eadir", "#recycle", "$recycle.bin", "__macosx"}  # of Synology, QNAP, Windows, macOS
+RUN_FILES = {"config.json", "log.jsonl", "attention.json", "seg_transfer.json"}  # pictures beside them are
+PICTURES = {"crops.png", "curves.png", "attention.png", "divergence.png", "segmentation.png"}  # no data
 MASKS = ("masks", "labels", "annotations", "segmentationclass", "segmentationobject")
 nfc = functools.partial(unicodedata.normalize, "NFC")  # macOS and archives encode é in two ways
 
@@ -196,9 +198,12 @@ def walk(root):
         seen.add((stat.st_dev, stat.st_ino))
         folders[:] = [name for name in folders if not is_hidden(name)]
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        written = PICTURES if RUN_FILES & set(files) else ()
         for name in sorted(files):
             suffix = os.path.splitext(name)[1].lower()
-            if name.startswith(".") or suffix not in SUFFIXES:
+            if name in written:
+                left["picture of a run"] += 1
+            elif name.startswith(".") or suffix not in SUFFIXES:
                 left["hidden" if name.startswith(".") else suffix or "without a suffix"] += 1
             else:
                 paths.append(os.path.join(parent, name))

@@ -70,7 +70,7 @@ class Run:
         """Starts or resumes; resuming changes no file before its first row. `held` releases what it gets."""
         if rank() == 0:  # other runs keep out of the folder until this one ends
             hint = "give another --out_dir; to share a run, start its processes with torchrun"
-            held.enter_context(only_writer(self.dir, hint))
+            self.claim = held.enter_context(only_writer(self.dir, hint))
             if not self.config["resume"]:
                 refuse_run(self.dir)  # again: another run may have ended there meanwhile
         if self.config["resume"]:
@@ -130,6 +130,7 @@ class Run:
 
     def write(self, name, content, previous=None):
         if rank() == 0:
+            self.claim(refuse_run)
             write_file(self.dir / name, content, previous and self.dir / previous)
 
     def check(self, step, lr, **losses):
@@ -176,12 +177,13 @@ class Run:
         if rank():
             return
         with self.attempt("log.jsonl"):
-            whole = self.log_is_whole
+            self.claim(refuse_run)
+            whole = self.log_is_whole and (self.dir / "log.jsonl").exists()
             self.log_is_whole = False
             if whole:
                 with open(self.dir / "log.jsonl", "a") as file:
                     file.write(json.dumps(row) + "\n")
-            else:  # the first row of this process, or the one after a full disk
+            else:  # the first row of this process, or after a full disk, or the log was deleted
                 self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
             self.log_is_whole = True
         with self.attempt("the logger"):

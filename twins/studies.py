@@ -1,7 +1,6 @@
 """A study's rows, one per finished run: written, read, grouped, paired."""
 
 import json
-from itertools import chain
 from pathlib import Path
 
 from twins.errors import UserError
@@ -32,11 +31,17 @@ def read_rows(folder):
 
 
 def is_sound(row):
-    """Whether a row has all of KINDS, a curve of pairs of numbers, and numbers in its optional fields."""
-    numbers = [*chain(*row["curve"]), *row.get("test", {}).values(), row.get(INFORMATION, 0)]
-    pairs = row["curve"] and all(len(point) == 2 for point in row["curve"])
+    """Whether a row has all of KINDS, a curve of (PFLOP, k-NN accuracy), and accuracies from 0 to 1."""
+    costs, accuracies = zip(*row["curve"], strict=True)  # ValueError without pairs
+    accuracies += (row["knn"], row["knn_init"], *row.get("test", {}).values())
+    numbers = [*costs, *accuracies, row.get(INFORMATION, 0)]
     kinds = all(type(row[name]) is kind for name, kind in KINDS.items())
-    return pairs and kinds and all(isinstance(number, int | float) for number in numbers)
+    return (
+        kinds
+        and all(type(number) in (int, float) for number in numbers)
+        and all(0 <= accuracy <= 1 for accuracy in accuracies)
+        and min(costs) >= 0
+    )
 
 
 def write_rows(folder, rows):
