@@ -149,14 +149,23 @@ def folders_of(results, study, dataset):
 
 
 def removal_studies(results, dataset):
-    """{method: [its rows of one study, ...]} of studies with pairs, more seeds and larger budgets first."""
+    """{method: [its rows of one study, ...]} of studies with pairs, more seeds and larger budgets first.
+
+    Studies of one seed, which give no verdict, are left out if there is a better one.
+    """
     studies_of = {}
     for folder in folders_of(results, "removal", dataset):
         for title, rows in group_rows(read_rows(folder)).items():
             if pair_with_full(rows)[1]:
                 studies_of.setdefault(title, []).append(rows)
-    size = lambda rows: (-len({row["seed"] for row in rows}), -rows[0]["budget"])
-    return {title: sorted(studies_of[title], key=size) for title in sorted(studies_of)}
+    for title, studies in studies_of.items():
+        studies.sort(key=lambda rows: (-number_of_seeds(rows), -rows[0]["budget"]))
+        studies_of[title] = [rows for rows in studies if number_of_seeds(rows) > 1] or studies[:1]
+    return {title: studies_of[title] for title in sorted(studies_of)}
+
+
+def number_of_seeds(rows):
+    return len({row["seed"] for row in rows})
 
 
 def same_settings(results, dataset):

@@ -98,7 +98,7 @@ def compare_collapse(search):
     return (
         f"{word}. Of {len(dino)} random settings at {dino[0]['budget']:g} PFLOP, {collapsed['DINO']} of "
         f"DINO's fail, {count(collapsed, ps)}. A setting fails if its k-NN ends below that of random weights "
-        f"(perhaps it only learns slowly) or its RankMe below a quarter of theirs. {by_rank}: "
+        f"or its RankMe (effective rank) below a quarter of theirs. {by_rank}: "
         f"{fell['DINO']} of DINO's, {count(fell, rank_ps)}."
     )
 
