@@ -205,7 +205,7 @@ def paths():
 
 
 def wait_for(condition):
-    end = time.time() + 60
+    end = time.time() + 300  # on a busy machine
     while not condition():
         assert time.time() < end
         time.sleep(0.02)
@@ -604,7 +604,7 @@ def test_the_answer_is_yes_or_no_only_where_its_p_says_so(tmp_path, ahead, seeds
     feature_answer = said
     said = f"CIFAR-10, {seeds} seeds, each method with the best setting found (Hybrid B: `--cc_local=True`), "
     assert said + "0.1 PFLOP (1 to 1 minutes) a run: mean" in text
-    more = ": 8 seeds; with 3 no p is below 0.25. Protocol"
+    more = ": 8 seeds; with 3 no p is below 0.25. [Protocol"
     assert (more in text) == (seeds == 3) and "old" not in text
     p = 2 / 2 ** (seeds - 1)  # all pairs but one differ, in one direction
     stable = "Fewer settings fail" if p < 0.05 else "Not significant"

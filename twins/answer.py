@@ -75,7 +75,7 @@ def answer(results, dataset):
     picture = f'src="results/models-{dataset}/cost.png" alt="k-NN against PFLOP, {printed(dataset)}"'
     picture = f'<img align="right" width="330" {picture}>'
     parts = [overview(search, models, floor), picture, legend(models, dataset), bullets(first)]
-    studied = f"{when_yes(models)} Protocol, all studies, commands: [results](results/README.md)."
+    studied = f"{when_yes(models)} [Protocol, all studies](results/README.md)."
     return {"answer": "\n\n".join(parts), "results": f"{bullets(others)}\n\n{wrap(studied)}"}
 
 
