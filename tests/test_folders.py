@@ -60,7 +60,7 @@ def test_pictures_that_a_run_writes_are_no_photographs(tmp_path, capsys):
     (tmp_path / "out/r1/config.json").write_text("{}")
     split = load(tmp_path)
     assert split.classes == ["cat", "dog"] and len(split.images) == 3  # a photograph may have any name
-    assert "2 picture of a run" in capsys.readouterr().out
+    assert "2 written by a run" in capsys.readouterr().out
     tree(tmp_path / "mine", "c.png", "attention.png", "divergence.png")
     (tmp_path / "mine/attention.json").write_text("{}")
     assert len(attn_viz.own_images(tmp_path / "mine", 8).images) == 1

@@ -100,10 +100,11 @@ def less_dino(title, rows, dino):
     """{heading: {mechanism: a hybrid's change less DINO's, paired by seed}}; {} if the studies differ."""
     (runs, changes), (dino_runs, dino_changes) = pair_with_full(rows), pair_with_full(dino)
     cells = {}
-    for label, values in changes.items():
+    for label, values in changes.items() if rows[0]["budget"] == dino[0]["budget"] else ():
         seeds = [sorted(row["seed"] for row in some.get(label, [])) for some in (runs, dino_runs)]
-        if label.endswith(" off") and seeds[0] == seeds[1] and rows[0]["budget"] == dino[0]["budget"]:
-            mean, interval = points(np.subtract(values, dino_changes[label]))
+        others = dino_changes.get(label, [])
+        if label.endswith(" off") and seeds[0] == seeds[1] and len(values) == len(others) > 1:
+            mean, interval = points(np.subtract(values, others))
             cells[row_name(label)] = f"{mean} [{interval}]".replace(" to ", ", ")
     return {f"{title}'s change less DINO's": cells} if cells else {}
 

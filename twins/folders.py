@@ -22,8 +22,8 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
 SPLITS |= {"val": "val", "valid": "val", "validation": "val"}
 IMAGES = ("images", "jpegimages")
 JUNK = {"@eadir", "#recycle", "$recycle.bin", "__macosx"}  # of Synology, QNAP, Windows, macOS
-RUN_FILES = {"config.json", "log.jsonl", "attention.json", "seg_transfer.json"}  # pictures beside them are
-PICTURES = {"crops.png", "curves.png", "attention.png", "divergence.png", "segmentation.png"}  # no data
+PICTURES = {"crops.png", "curves.png", "attention.png", "divergence.png", "segmentation.png"}  # of a run,
+RUN_FILES = {"config.json", "log.jsonl", "attention.json", "seg_transfer.json"}  # if beside one of these
 MASKS = ("masks", "labels", "annotations", "segmentationclass", "segmentationobject")
 nfc = functools.partial(unicodedata.normalize, "NFC")  # macOS and archives encode é in two ways
 
@@ -202,7 +202,7 @@ def walk(root):
         for name in sorted(files):
             suffix = os.path.splitext(name)[1].lower()
             if name in written:
-                left["picture of a run"] += 1
+                left["written by a run"] += 1
             elif name.startswith(".") or suffix not in SUFFIXES:
                 left["hidden" if name.startswith(".") else suffix or "without a suffix"] += 1
             else:
