@@ -73,7 +73,7 @@ def answer(results, dataset):
         others["Do attention maps differ?"] = compare_attention(attention)
     floor = random_weights(results / f"models-{dataset}")
     picture = f'src="results/models-{dataset}/cost.png" alt="k-NN against PFLOP, {printed(dataset)}"'
-    picture = f'<img align="right" width="330" {picture}>'
+    picture = f'<img align="right" width="300" {picture}>'
     parts = [overview(search, models, floor), picture, legend(models, dataset), bullets(first)]
     studied = f"{when_yes(models)} [Protocol, all studies](results/README.md)."
     return {"answer": "\n\n".join(parts), "results": f"{bullets(others)}\n\n{wrap(studied)}"}

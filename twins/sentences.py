@@ -210,7 +210,8 @@ def when_yes(models):
 
 
 def variants(models):
-    """How the hybrids differ from the figure in README: "Hybrid A and Hybrid B: `--head=two`"."""
+    """How the hybrids differ from the figure in README: "Hybrid B: `--cc_local=True`"."""
+    hybrids, _ = split_titles(models)
     titles_of = {}
     for title, rows in models.items():
         setting = rows[0]["setting"]
@@ -218,7 +219,8 @@ def variants(models):
             titles_of.setdefault("CC has its own projector, `--head=two`", []).append(title)
         if setting.get("cc_local") and setting.get("n_local"):
             titles_of.setdefault("`--cc_local=True`", []).append(title)
-    return "; ".join(f"{' and '.join(titles)}: {option}" for option, titles in titles_of.items())
+    name = lambda titles: "hybrids" if titles == hybrids and len(titles) > 1 else " and ".join(titles)
+    return "; ".join(f"{name(titles)}: {option}" for option, titles in titles_of.items())
 
 
 def main_measure(models):
