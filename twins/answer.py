@@ -7,13 +7,14 @@ import numpy as np
 from twins.errors import ROOT
 from twins.files import read_json
 from twins.pictures import printed
-from twins.reports import fill, points, read_attention, spreads, table, table_of
+from twins.reports import fill, read_attention, spreads, table, table_of
 from twins.sentences import (
     compare_attention,
     compare_collapse,
     compare_models,
     count_seeds,
     main_measure,
+    points,
     split_titles,
     summarise_removals,
     variants,
@@ -104,9 +105,13 @@ def less_dino(title, rows, dino):
         seeds = [sorted(row["seed"] for row in some.get(label, [])) for some in (runs, dino_runs)]
         others = dino_changes.get(label, [])
         if label.endswith(" off") and seeds[0] == seeds[1] and len(values) == len(others) > 1:
-            mean, interval = points(np.subtract(values, others))
-            cells[row_name(label)] = f"{mean} [{interval}]".replace(" to ", ", ")
+            cells[row_name(label)] = with_interval(np.subtract(values, others))
     return {f"{title}'s change less DINO's": cells} if cells else {}
+
+
+def with_interval(differences):
+    """Mean and 95 % interval in points, "+1.0 [+0.5, +1.5]"."""
+    return "{} [{}]".format(*points(differences)).replace(" to ", ", ")
 
 
 def row_name(label):
@@ -228,8 +233,7 @@ def overview(search, models, floor):
     for title, runs in models.items():
         trials = search.get(title, [])
         pairs = [[] if title == single else paired(runs, models[single], main) for single in singles]
-        texts = ["{} [{}]".format(*points(values)) if values else "" for values in pairs]
-        differences = [text.replace(" to ", ", ") for text in texts]
+        differences = [with_interval(values) if values else "" for values in pairs]
         collapsed = f"{sum(row['collapsed'] for row in trials)} of {len(trials)}" if trials else ""
         lines.append([title, *spreads(runs, [main]), *differences, *spreads(runs, others), collapsed])
     if floor:

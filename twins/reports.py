@@ -11,8 +11,8 @@ from twins.evaluation_pictures import divergence_picture
 from twins.files import read_json, write_file
 from twins.permutation import sentence
 from twins.pictures import printed
-from twins.sentences import compare_trials, verdicts
-from twins.stats import expected_best, holm, sign_flip_p, t_interval, wilson_interval
+from twins.sentences import compare_trials, points, verdicts
+from twins.stats import expected_best, holm, sign_flip_p, wilson_interval
 from twins.studies import (
     INFORMATION,
     check_rows,
@@ -138,14 +138,6 @@ def percent(values):
         return "-"
     spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{100 * np.mean(values):.1f}{spread}"
-
-
-def points(differences):
-    """Mean and 95 % interval of differences of shares, in points: ('+1.0', '+0.5 to +1.5'); '-' for n = 1."""
-    if len(differences) == 1:
-        return f"{100 * differences[0]:+.1f}", "-"
-    low, high = t_interval(differences)
-    return f"{100 * np.mean(differences):+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def collapsed_share(rows):

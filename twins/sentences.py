@@ -179,10 +179,16 @@ def summarise_removals(removals):
         if dead := [name for name in dead if mechanisms[name][0] == "can go"]:
             sentences.append(f"Without {enumeration(dead, 'or')} its CE teaches nothing, only CC does.")
         if parts and len(all_off) > 1:
-            low, high = t_interval(all_off)
-            mean, low, high = (f"{100 * value:+.1f}" for value in (np.mean(all_off), low, high))
-            sentences.append(f"All at once: {mean} points ({low} to {high}).")
+            sentences.append("All at once: {} points ({}).".format(*points(all_off)))
     return " ".join(sentences) or "Not answered yet: no removal has a clear result."
+
+
+def points(differences):
+    """Mean and 95 % interval of differences of shares, in points: ('+1.0', '+0.5 to +1.5'); '-' for n = 1."""
+    if len(differences) == 1:
+        return f"{100 * differences[0]:+.1f}", "-"
+    low, high = t_interval(differences)
+    return f"{100 * np.mean(differences):+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def enumeration(names, word):
