@@ -3,8 +3,7 @@
 An image is cut into patches of p x p pixels, each a token; a [CLS] token and registers, if any, come before
 them; `depth` pre-norm blocks of attention and MLP follow (Dosovitskiy et al., 2010.11929). As in DINO (Caron
 et al., 2104.14294): LayerNorm eps 1e-6, qkv bias, trunc-normal .02, positions interpolated (bicubic) for
-crops of other sizes, drop path rising linearly with depth. Registers are those of 2309.16588, LayerScale is
-that of DINOv2.
+crops of other sizes, drop path rising linearly with depth. Registers are those of 2309.16588.
 
 Letters in shapes:  b images  n tokens  d width  h heads  c width of a head  y x patch grid  p q sides of a
 patch

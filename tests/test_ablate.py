@@ -534,6 +534,15 @@ def test_a_page_without_blocks_is_refused(tmp_path):
         fill(tmp_path / "README.md", lambda kind, name: "")
 
 
+def test_a_pages_other_comments_stay(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("<!-- a note to the next author -->\n<!-- answer cifar10 -->\nold\n<!-- end answer -->\n")
+    fill(page, lambda kind, name: f"{kind} {name}")
+    comment, *block = page.read_text().splitlines()
+    assert comment == "<!-- a note to the next author -->"
+    assert block == ["<!-- answer cifar10 -->", "answer cifar10", "<!-- end answer -->"]
+
+
 def test_the_readmes_controls_are_those_of_the_rows():
     groups = group_rows(read_rows(ROOT / "results" / "models-cifar10-controls"))
     losses = []

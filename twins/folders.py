@@ -42,37 +42,24 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
     folder_of = splits(top)
     root = split_folder(top, folder_of, split)
     paths = image_files(root)
-    parts_of_paths = [nfc(below(root, path)).split(os.sep) for path in paths]
+    parts_of_paths = split_paths(root, paths)
     flat = all(len(parts) == 1 for parts in parts_of_paths)
     if flat and split == "train":
         refuse_others(top, root, folder_of)
     home, home_parts = root, parts_of_paths  # those that define the classes
     if split == "test" and "train" in folder_of:  # numbered as in training
         home = without_masks(folder_of["train"])
-        home_parts = [nfc(below(home, path)).split(os.sep) for path in walk(home)[0]]
+        home_parts = split_paths(home, walk(home)[0])
         warn_of_training_images(root, folder_of["train"])
     classes = [] if flat else sorted({parts[0] for parts in home_parts if len(parts) > 1})
     refuse_wrapping(home, classes, home_parts)
     if classes and split == "train":
         warn_of_new_classes(root, folder_of, classes)
-    stray = [parts for parts in parts_of_paths if not flat and parts[0] not in classes]
-    if stray and home != root and not classes:
-        raise UserError(f"{home} has no class folders, but {root} has: both need them, or neither")
-    if stray and home != root and len(stray[0]) > 1:
-        new = stray[0][0]
-        raise UserError(f"{home} has no class {new}, but {root} has: add it there, or remove it here")
-    if stray:
-        file = f"{root.joinpath(*stray[0])} is in none of the {len(classes)} class folders"
-        raise UserError(f"{file}: move it into one, or use no class folders at all")
+    if not flat:
+        refuse_strays(root, home, classes, parts_of_paths)
 
-    sample = [decoding.side_and_depth(path) for path in paths[:: len(paths) // 100 + 1]]
-    if any(deep for _, deep in sample):
-        print("images of more than 8 bits per pixel are scaled to 8, see docs/options.md", flush=True)
-    size, name, resample = image_size, root.name, decoding.BICUBIC
-    if cache_size is not None:  # so that a crop of 40 % of the area has image_size pixels
-        size = cache_size or max(image_size, min(round(1.6 * image_size), max(side for side, _ in sample)))
-    if size < image_size:
-        raise UserError(f"--cache_size={size} is less than --image_size={image_size}: views would be blurred")
+    size = side_to_decode(paths, image_size, cache_size)
+    name, resample = root.name, decoding.BICUBIC
     if size > image_size:
         name, resample = f"{name}-crops", decoding.LANCZOS
     images, paths = cached(root, paths, size, name, skip_bad_images, resample)
@@ -80,11 +67,47 @@ def folder(data_dir, image_size, split, skip_bad_images=False, cache_size=None):
         print(f"{root}: {len(paths)} images, no class folders", flush=True)
         return images, None, classes
     number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number[nfc(below(root, path)).split(os.sep)[0]] for path in paths])
+    labels = torch.tensor([number[parts[0]] for parts in split_paths(root, paths)])
     counts = [f"{name} {n}" for name, n in zip(classes, labels.bincount(minlength=len(classes)), strict=True)]
     text = ", ".join(counts if len(counts) <= 10 else [*counts[:10], "..."])
     print(f"{root}: {len(paths)} images in {len(classes)} classes: {text}", flush=True)
     return images, labels, classes
+
+
+def split_paths(root, paths):
+    """The parts of each path below `root`: [class, ..., file]; [file] without a class folder."""
+    return [nfc(below(root, path)).split(os.sep) for path in paths]
+
+
+def refuse_strays(root, home, classes, parts_of_paths):
+    """Raises UserError for an image in `root` that is in none of the classes, which `home` defines."""
+    stray = next((parts for parts in parts_of_paths if parts[0] not in classes), None)
+    if not stray:
+        return
+    if home != root and not classes:
+        raise UserError(f"{home} has no class folders, but {root} has: both need them, or neither")
+    if home != root and len(stray) > 1:
+        new = stray[0]
+        raise UserError(f"{home} has no class {new}, but {root} has: add it there, or remove it here")
+    file = f"{root.joinpath(*stray)} is in none of the {len(classes)} class folders"
+    raise UserError(f"{file}: move it into one, or use no class folders at all")
+
+
+def side_to_decode(paths, image_size, cache_size):
+    """The side in pixels of decoded images: image_size, or more if views are cut from them.
+
+    cache_size: the side; None: image_size; 0: 1.6 x image_size, so that a crop of 40 % of the area has as
+    many pixels, but no more than a sample of the files has. Raises UserError if it is below image_size.
+    """
+    sample = [decoding.side_and_depth(path) for path in paths[:: len(paths) // 100 + 1]]
+    if any(deep for _, deep in sample):
+        print("images of more than 8 bits per pixel are scaled to 8, see docs/options.md", flush=True)
+    if cache_size is None:
+        return image_size
+    size = cache_size or max(image_size, min(round(1.6 * image_size), max(side for side, _ in sample)))
+    if size < image_size:
+        raise UserError(f"--cache_size={size} is less than --image_size={image_size}: views would be blurred")
+    return size
 
 
 def split_folder(top, folder_of, split):

@@ -27,6 +27,7 @@ from twins.studies import (
 from twins.study_pictures import METRIC, best_figure, cost_figure, differences_figure
 
 BLOCK = re.compile(r"<!-- (\w+) (\S+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
+MARK = re.compile(r"<!-- \w+ \S+ -->")  # one end of a block; other comments have more words
 PROTOCOL = {
     "search": "Random settings from the space in ablate.py, the same number for every method. For expected "
     "and best k-NN a trial that collapsed counts as its untrained network.",
@@ -256,7 +257,7 @@ def fill(page, text_of):
     except OSError as error:
         raise UserError(f"{page} cannot be read ({error.strerror})") from None
     blocks = len(BLOCK.findall(text))
-    if not blocks or blocks != text.count("<!-- end ") or 2 * blocks != text.count("<!-- "):
+    if not blocks or len(MARK.findall(text)) != 2 * blocks:
         raise UserError(f"{page} needs pairs of lines <!-- KIND NAME --> and <!-- end KIND -->")
 
     def replace(block):
