@@ -27,6 +27,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 from twins.answer import fill_pages
@@ -95,38 +96,39 @@ MONITOR = {"knn_bank": 5000, "knn_queries": 5000}
 LATER_ROUND_SEED, FRESH_SEED = 500, 1000  # of later search rounds; the first of models and removal
 
 
+def make_settings(script, seed, searched):
+    """{label: setting} of a script's runs with this seed. searched: the rows of the search, if there are."""
+    options = read_script(ROOT / f"{script}.py", (dataset, preset))
+    if study == "search" and not search_dir:
+        return {"trial": draw_setting(SPACE, space_seed, seed, options)}
+    if study == "search":
+        changed = with_changes(best_setting(searched, script), changes, options)
+        return {**finalists(searched, script, trials), **(changed or {"by hand": BY_HAND.get(script, {})})}
+    full = best_setting(searched, script) if searched else {}
+    if study == "removal" and "ema" in options:
+        return removals(MECHANISMS, full, options, mechanisms)
+    return {"full": full}
+
+
 def make_cells():
     """The runs of the study in order, each {script, label, seed, setting, budget, id}."""
-    cells = []
-    folder = search_dir
-    numbers = [LATER_ROUND_SEED] if search_dir else range(trials)
-    if study != "search":
-        folder = search_dir or f"results/search-{dataset}"
-        numbers = range(FRESH_SEED, FRESH_SEED + seeds)
-    folders = [data_dir] if dataset == "folder" else []
-    folders += [masks_dir] if masks_dir else []
+    if study == "search":
+        folder, numbers = search_dir, [LATER_ROUND_SEED] if search_dir else range(trials)
+    else:
+        folder, numbers = search_dir or f"results/search-{dataset}", range(FRESH_SEED, FRESH_SEED + seeds)
     searched = read_rows(folder) if folder else []
     if folder and not searched:
         if search_dir:
             raise UserError(f"--search_dir={search_dir} holds no rows of a search")
         print(f"no search in {folder}: the settings are those of the presets")
-    for seed in numbers:
-        for script in dict.fromkeys(scripts.split(",")):
-            options = read_script(ROOT / f"{script}.py", (dataset, preset))
-            if study == "search" and folder:
-                settings = finalists(searched, script, trials)
-                by_hand = {"by hand": BY_HAND.get(script, {})}
-                settings.update(with_changes(best_setting(searched, script), changes, options) or by_hand)
-            elif study == "search":
-                settings = {"trial": draw_setting(SPACE, space_seed, seed, options)}
-            else:
-                settings = {"full": best_setting(searched, script) if searched else {}}
-            if study == "removal" and "ema" in options:
-                settings = removals(MECHANISMS, settings["full"], options, mechanisms)
-            for label, setting in settings.items():
-                cell = {"script": script, "label": label, "seed": seed, "setting": setting, "budget": pflop}
-                identity = json.dumps([cell, dataset, *folders, preset], sort_keys=True)
-                cells.append({**cell, "id": hashlib.sha256(identity.encode()).hexdigest()[:8]})
+    folders = [data_dir] if dataset == "folder" else []
+    folders += [masks_dir] if masks_dir else []
+    cells = []
+    for seed, script in product(numbers, dict.fromkeys(scripts.split(","))):
+        for label, setting in make_settings(script, seed, searched).items():
+            cell = {"script": script, "label": label, "seed": seed, "setting": setting, "budget": pflop}
+            identity = json.dumps([cell, dataset, *folders, preset], sort_keys=True)
+            cells.append({**cell, "id": hashlib.sha256(identity.encode()).hexdigest()[:8]})
     return cells
 
 
