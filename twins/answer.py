@@ -48,30 +48,19 @@ def answer(results, dataset):
     search, models = (group_rows(read_rows(results / f"{s}-{dataset}")) for s in ("search", "models"))
     if search.keys() - models.keys() or not all(split_titles(models)):  # some methods alone are no comparison
         return dict.fromkeys(("answer", "results"), UNTRAINED)
-    removals = removal_studies(results, dataset)
-    mechanisms = summarise_removals(removals)
-    if removals:
-        mechanisms += " (By uncorrected 95 % intervals: [table](results/README.md#removals).)"
+    elsewhere = same_settings(results, dataset)
     first = {
         "Does CC give better features?": compare_models(models, main_measure(models)),
-        "Which of DINO's mechanisms become unnecessary?": mechanisms,
+        "Which of DINO's mechanisms become unnecessary?": judge_removals(removal_studies(results, dataset)),
     }
     others = {}
-    elsewhere = same_settings(results, dataset)
     for name, (groups, source) in elsewhere.items():
         question = f"And on {printed(name)}, with the settings of {source}?"
         others[question] = compare_models(groups, main_measure(groups))
     others["Is training more stable?"] = compare_collapse(search)
-    segmented = {"": models, **{name: groups for name, (groups, _) in elsewhere.items()}}
-    texts = {name: compare_models(groups, "mIoU") for name, groups in segmented.items() if has_miou(groups)}
-    if texts:
-        texts = [f"Pre-trained on {printed(name)}: {text}" if name else text for name, text in texts.items()]
-        others["Is segmentation better?"] = " ".join(texts)
-    studies = [folder for name in (dataset, *elsewhere) for folder in folders_of(results, "models", name)]
-    attention = {folder.name: read_attention(folder) for folder in studies}
-    attention = {name: read for name, read in attention.items() if read and "p" in read["tests"][0]}
-    if attention:
-        others["Do attention maps differ?"] = compare_attention(attention)
+    others["Is segmentation better?"] = compare_segmentation(models, elsewhere)
+    attention = attention_studies(results, [dataset, *elsewhere])
+    others["Do attention maps differ?"] = compare_attention(attention) if attention else ""
     floor = random_weights(results / f"models-{dataset}")
     picture = f'src="results/models-{dataset}/cost.png" alt="k-NN against PFLOP, {printed(dataset)}"'
     picture = f'<img align="right" width="300" {picture}>'
@@ -80,8 +69,30 @@ def answer(results, dataset):
     return {"answer": "\n\n".join(parts), "results": f"{bullets(others)}\n\n{wrap(studied)}"}
 
 
-def has_miou(groups):
-    return any("mIoU" in measures(row) for rows in groups.values() for row in rows)
+def judge_removals(removals):
+    """The answer on mechanisms, with a link to the table if there is one."""
+    link = " (By uncorrected 95 % intervals: [table](results/README.md#removals).)"
+    return summarise_removals(removals) + (link if removals else "")
+
+
+def compare_segmentation(models, elsewhere):
+    """The answer on mIoU, pre-trained on the data set and on others; "" if no run was evaluated."""
+    studies = {"": models, **{f"Pre-trained on {printed(name)}: ": elsewhere[name][0] for name in elsewhere}}
+    texts = []
+    for where, groups in studies.items():
+        if any("mIoU" in measures(row) for rows in groups.values() for row in rows):
+            texts.append(where + compare_models(groups, "mIoU"))
+    return " ".join(texts)
+
+
+def attention_studies(results, datasets):
+    """{study: read_attention()} of the models studies on these data sets whose maps were tested."""
+    studies = {}
+    for folder in [folder for name in datasets for folder in folders_of(results, "models", name)]:
+        attention = read_attention(folder)
+        if attention and "p" in attention["tests"][0]:
+            studies[folder.name] = attention
+    return studies
 
 
 def removals_table(removals):
@@ -144,8 +155,8 @@ def failure_counts(rows):
 
 
 def bullets(answers):
-    """{question: answer} as a Markdown list."""
-    return "\n".join(wrap(f"- **{question}** {text}", "  ") for question, text in answers.items())
+    """{question: answer} as a Markdown list, without questions that have no answer."""
+    return "\n".join(wrap(f"- **{question}** {text}", "  ") for question, text in answers.items() if text)
 
 
 def folders_of(results, study, dataset):
