@@ -31,10 +31,11 @@ from itertools import product
 from pathlib import Path
 
 from twins.answer import fill_pages
+from twins.checkpoints import holds_run
 from twins.errors import ROOT, UserError
 from twins.files import only_writer, read_json, write_file
 from twins.jobs import SLOTS, check_exit, last_line, run_jobs, start
-from twins.keys import holds_run, parse
+from twins.keys import parse
 from twins.reports import write_report
 from twins.settings import MECHANISMS, draw_setting, read_script, removals, with_changes
 from twins.studies import best_setting, finalists, read_rows, run_results, steps_of, unfinished, write_rows

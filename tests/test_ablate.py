@@ -20,7 +20,8 @@ from twins.answer import answer, random_weights, removals_table, result_table
 from twins.errors import UserError
 from twins.files import read_json, write_file
 from twins.jobs import run_jobs
-from twins.reports import BLOCK, fill, read_attention, report_study, write_report
+from twins.pages import BLOCK, fill
+from twins.reports import read_attention, report_study, write_report
 from twins.sentences import compare_models, compare_trials, summarise_removals
 from twins.settings import draw_setting, read_script, removals, toggle
 from twins.stats import sign_flip_p, t_interval

@@ -18,7 +18,7 @@ from test_run import refused
 from twins.attention import attend, attention_figures, divergence, divergences, jaccard, keep_mass
 from twins.datasets import normalise
 from twins.errors import UserError
-from twins.keys import Option, convert
+from twins.options import Option, convert
 from vit import ViT
 
 CPU, FLOAT32 = torch.device("cpu"), torch.autocast("cpu", enabled=False)

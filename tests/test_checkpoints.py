@@ -20,10 +20,11 @@ from safetensors.torch import load
 
 import data
 from conftest import ROOT, launch, tiny
-from twins import datasets, decoding, files, keys, run, weights
+from twins import checkpoints, datasets, decoding, files, keys, log, run, weight_files, weights
 from twins.backbones import load_backbone, output_folder, trained_on
+from twins.checkpoints import load_checkpoint, load_pickle, read_checkpoint
 from twins.errors import UserError
-from twins.files import load_checkpoint, load_pickle, read_checkpoint, read_log
+from twins.log import read_log
 from vit import ViT
 
 
@@ -71,7 +72,7 @@ def full_disk(monkeypatch):
             return file
 
         monkeypatch.setattr(files, "open", full, raising=False)
-        monkeypatch.setattr(run, "open", full, raising=False)
+        monkeypatch.setattr(log, "open", full, raising=False)
 
     return fill
 
@@ -322,7 +323,7 @@ def test_a_folder_that_is_read_only_is_refused_before_the_work(small, read_only,
     for path in (__file__, tmp_path / ("long" * 99)):  # a file, a name that no disk takes
         with pytest.raises(UserError, match=r"cannot be written"):
             output_folder({"out_dir": str(path)}, "random", "shapes")
-    assert not keys.holds_run(tmp_path / ("long" * 99))
+    assert not checkpoints.holds_run(tmp_path / ("long" * 99))
 
 
 @pytest.mark.parametrize(
@@ -426,7 +427,7 @@ def test_a_flipped_bit_of_an_export_is_noticed(folder):
     file.write_bytes(flipped)
     assert load(bytes(flipped))  # to safetensors it is sound
     with pytest.raises(UserError, match=r"model.safetensors is damaged, or .* differs; give the run's"):
-        weights.read_weights(folder / "export", "", 0, {})
+        weight_files.read_weights(folder / "export", "", 0, {})
 
 
 def test_a_flipped_bit_of_the_folders_cache_is_noticed(tmp_path, capfd):
@@ -571,7 +572,7 @@ def test_deeply_nested_json_is_one_sentence(folder):
     deep = "[" * 100_000
     (folder / "export" / "config.json").write_text(deep)
     with pytest.raises(UserError, match=r"config.json cannot be read"):
-        weights.read_weights(folder / "export", "", 0, {})
+        weight_files.read_weights(folder / "export", "", 0, {})
     (folder / "log.jsonl").write_text(f'{deep}\n{{"step": 1}}\n')
     with pytest.raises(UserError, match=r"line 1 of .*log.jsonl is broken, or of another version: fix or"):
         read_log(folder / "log.jsonl")

@@ -25,7 +25,7 @@ import twins.run as run_module
 from conftest import ROOT, SCRIPTS, tiny
 from data import Crop, multi_crop
 from twins import monitor, output, processes
-from twins.files import read_checkpoint
+from twins.checkpoints import read_checkpoint
 
 NEEDS_GPU = [
     pytest.mark.gpu,
@@ -117,7 +117,7 @@ def test_compiled_or_not_drop_path_draws_the_same(train, monkeypatch, device):
         train("barlow.py", device=device, drop_path=0.5, max_steps=1, compile=compiled)["run"]
         for compiled in (False, True)
     ]
-    assert runs[1].rows[1]["loss"] == pytest.approx(runs[0].rows[1]["loss"], rel=1e-5)
+    assert runs[1].history.rows[1]["loss"] == pytest.approx(runs[0].history.rows[1]["loss"], rel=1e-5)
     torch._dynamo.reset()
 
 
@@ -259,12 +259,12 @@ def test_a_run_goes_on_there_and_elsewhere(train, tmp_path, device, script):
             os.kill(os.getpid(), signal.SIGTERM)
 
     keys = {"drop_path": 0.0, "dtype": "float32", "max_steps": 4}
-    whole = train(script, device=device, **keys)["run"].rows
+    whole = train(script, device=device, **keys)["run"].history.rows
     for i, where in enumerate((device, "cpu")):
         out = tmp_path / f"halves{i}"
         with pytest.raises(SystemExit):
             train(script, stop, device=device, out_dir=out, **keys)
-        rows = train(script, device=where, out_dir=out, resume=True, **keys)["run"].rows
+        rows = train(script, device=where, out_dir=out, resume=True, **keys)["run"].history.rows
         assert rows[-1]["loss"] == pytest.approx(
             whole[-1]["loss"], rel=1e-3
         )  # sums in another order, two optimizer steps on
@@ -283,7 +283,7 @@ def test_batches_read_ahead_are_those_held(device):
 @pytest.mark.parametrize("device", gpu)
 def test_the_monitor_sees_what_the_cpu_sees(train, device):
     rows = [
-        train("barlow.py", device=where, dtype="float32", max_steps=1, depth=3)["run"].rows[0]
+        train("barlow.py", device=where, dtype="float32", max_steps=1, depth=3)["run"].history.rows[0]
         for where in ("cpu", device)
     ]
     assert rows[1] == pytest.approx(

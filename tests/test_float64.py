@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import SCRIPTS
-from twins.files import load_pickle
+from twins.checkpoints import load_pickle
 
 
 def operations(node):

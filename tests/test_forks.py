@@ -15,8 +15,8 @@ from PIL import Image
 from conftest import ROOT, copy_of_the_code, launch, tiny
 from twins import pictures, weights
 from twins.backbones import load_backbone
+from twins.checkpoints import read_checkpoint
 from twins.errors import UserError
-from twins.files import read_checkpoint
 from vit import ViT
 
 

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, SCRIPTS, copy_of_the_code, launch, tiny
 from twins import attention, datasets, output, processes
 from twins import run as run_module
-from twins.files import read_checkpoint
+from twins.checkpoints import read_checkpoint
 
 # AdamW (eps 1e-8) makes steps of rounding, too: of a gradient of 1e-13 one of 1e-5 learning rates, with this
 # one 1e-11. Where there

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from conftest import ROOT, tiny
 from twins import errors, keys, monitor, output, pictures, processes
 from twins.errors import UserError
-from twins.files import read_log
+from twins.log import read_log
 from twins.loggers import start_logger
 
 ENVIRONMENT = {  # a notebook's server, an ascii terminal, a cluster's job

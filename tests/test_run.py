@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 import data
 from conftest import ROOT, SCRIPTS, tiny
 from twins import datasets, decoding, files
+from twins.checkpoints import read_checkpoint
 from twins.decoding import decode
 from twins.errors import UserError
-from twins.files import read_checkpoint, write_file
+from twins.files import write_file
+from twins.log import read_log
 from vit import ViT
 
 
@@ -362,7 +364,7 @@ def test_a_moved_folder_is_made_again_and_one_in_its_place_is_not_written_to(sta
     out.rename(before)
     run.log(1, {"loss": 2.0})
     assert "run was moved or deleted while this run wrote there" in capsys.readouterr().out
-    assert [row["step"] for row in files.read_log(out / "log.jsonl")] == [0, 1]
+    assert [row["step"] for row in read_log(out / "log.jsonl")] == [0, 1]
     run.save(1)
     assert not run.unsaved and {p.name for p in before.iterdir()} == {"config.json", "script.py", "log.jsonl"}
     out.rename(tmp_path / "again")
@@ -376,10 +378,10 @@ def test_a_moved_folder_is_made_again_and_one_in_its_place_is_not_written_to(sta
     (out / "ckpt.pt").unlink()
     run.log(4, {"loss": 4.0})
     run.save(4)
-    assert not run.unsaved and [row["step"] for row in files.read_log(out / "log.jsonl")] == [0, 1, 2, 4]
+    assert not run.unsaved and [row["step"] for row in read_log(out / "log.jsonl")] == [0, 1, 2, 4]
     (out / "log.jsonl").unlink()
     run.log(5, {"loss": 5.0})
-    assert [row["step"] for row in files.read_log(out / "log.jsonl")] == [0, 1, 2, 4, 5]
+    assert [row["step"] for row in read_log(out / "log.jsonl")] == [0, 1, 2, 4, 5]
 
 
 def test_real_cifar100_is_read_as_published(real_images):

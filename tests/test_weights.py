@@ -21,7 +21,8 @@ from test_eval_linear import photographs
 from twins.backbones import load_backbone
 from twins.errors import UserError
 from twins.probes import fit, logits, whitening
-from twins.weights import build, guess_heads
+from twins.weight_files import guess_heads
+from twins.weights import build
 from vit import ViT
 
 timm = pytest.importorskip("timm", reason="timm is not installed (.ci/run installs it)")

@@ -1,24 +1,15 @@
-"""Files written completely or not at all; checkpoints read without running code; the git commit."""
+"""Files written completely or not at all, folders with one writer, JSON read strictly; the git commit."""
 
-import argparse
 import contextlib
 import errno
 import hashlib
 import json
 import os
-import re
 import subprocess
-import zipfile
-from pathlib import Path, PurePosixPath
-
-import torch
+from pathlib import Path
 
 from twins.decoding import locked
 from twins.errors import ROOT, UserError, first_line
-
-CHECKPOINT = {"script": str, "step": int, "seconds": float, "config": dict, "backbone": dict}
-BACKBONE = ("name", "module", "class")
-PATHS = [(PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]  # Python 3.13
 
 
 def write_file(path, content, previous=None):
@@ -119,11 +110,6 @@ def read_json_lines(path, is_sound, cut_off=False):
     return rows
 
 
-def read_log(path):
-    """A log's rows, dicts with `step`; the last may be cut off. Raises UserError for another broken line."""
-    return read_json_lines(path, lambda row: type(row["step"]) is int, cut_off=True)
-
-
 def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
@@ -140,75 +126,3 @@ def git_state():
     except OSError:  # git is not installed
         commit, changes = "", ""
     return {"git_commit": commit, "git_edited": bool(changes)}
-
-
-def load_pickle(path, device="cpu"):
-    """A dict written by torch.save; checksums are verified, no code is run. Raises UserError otherwise."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, *PATHS]):  # DINO's arguments
-            saved = torch.load(path, map_location=device, weights_only=True)
-        broken = zipfile.is_zipfile(path) and damaged_entry(zipfile.ZipFile(path))
-    except Exception as error:  # torch and zipfile raise many types
-        code = re.search(r"GLOBAL (\S+) was not", str(error))
-        if code:
-            raise UserError(f"{path} is not loaded: it needs {code[1]}, and files may not run code") from None
-        reason = "torch.save did not write it" if "Weights only" in str(error) else first_line(error)[:80]
-        raise UserError(f"{path} is not a complete checkpoint ({reason})") from None
-    if broken:
-        raise UserError(f"{path} is damaged (in {broken})")
-    if not isinstance(saved, dict):
-        raise UserError(f"{path} is not a checkpoint: it holds a {type(saved).__name__}")
-    return saved
-
-
-def damaged_entry(archive):
-    """The name of a ZipFile's first damaged entry, None if all are sound. torch verifies no checksum."""
-    folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 16]
-    return folders[0] if folders else archive.testzip()  # torch skips entries marked as folders
-
-
-def load_checkpoint(folder, device="cpu"):
-    """A run's newest sound checkpoint: (its dict, its path, the problem of a newer one or '')."""
-    newest, previous = Path(folder) / "ckpt.pt", Path(folder) / "ckpt-previous.pt"
-    try:
-        return read_checkpoint(newest, device), newest, ""
-    except UserError as error:
-        if not previous.exists():
-            raise
-        problem = str(error)
-    try:
-        return read_checkpoint(previous, device), previous, problem
-    except UserError as error:
-        raise UserError(f"{problem}; {error}; {folder}/export may be sound") from None
-
-
-def read_checkpoint(path, device="cpu"):
-    """A training script's checkpoint as a dict. Raises UserError for anything else."""
-    if not path.is_file():
-        raise UserError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
-    saved = load_pickle(path, device)
-    if not is_checkpoint(saved):
-        raise UserError(f"{path} is not a checkpoint of a training script")
-    return saved
-
-
-def is_checkpoint(saved):
-    """Whether a dict is what a training script saves."""
-    rows = saved.get("first_row", [])
-    n_rows = saved.get("n_rows", 0)
-    sound = type(n_rows) is int and isinstance(rows, list) and len(rows) >= (n_rows > 0)
-    sound = sound and all(isinstance(r, dict) and type(r.get("step")) is int for r in rows)
-    sound = sound and all(type(saved.get(name)) is kind for name, kind in CHECKPOINT.items())
-    return sound and saved["step"] >= 0 and all(type(saved["backbone"].get(n)) is str for n in BACKBONE)
-
-
-def check_state(state):
-    """Raises UserError for anything that a script's checkpoint cannot hold or restore."""
-    for name, value in state.items():
-        if name in CHECKPOINT or name in ("first_row", "n_rows"):
-            raise UserError(f"state['{name}']: the name is reserved, choose another one")
-        if not isinstance(value, torch.Tensor | str) and not hasattr(value, "load_state_dict"):
-            kind = type(value).__name__
-            raise UserError(
-                f"state['{name}'] is a {kind}: it must be a tensor, a string or have a state_dict"
-            )

@@ -33,6 +33,11 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def launcher():
+    """The command that started this process: python, or torchrun with its processes."""
+    return "python" if world() == 1 else f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}"
+
+
 def setup(device, dtype, seed):
     """Seeds torch, joins torchrun's processes; returns the torch.device and the autocast context of a run.
 

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -13,17 +12,18 @@ from pathlib import Path
 import einops
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from twins import checkpoints
 from twins.backbones import name_in
 from twins.errors import UserError, first_line
-from twins.files import check_state, git_state, load_checkpoint, only_writer, read_log, write_file
+from twins.files import git_state, only_writer, write_file
 from twins.keys import refuse_run
+from twins.log import Log, read_log, rows_until
 from twins.loggers import start_logger
 from twins.monitor import collapse, not_finite
 from twins.pictures import crops_picture, curves_picture
-from twins.processes import compile_blocks, precision, rank, seed_step, to_numbers, world
+from twins.processes import compile_blocks, launcher, precision, rank, seed_step, to_numbers
 from twins.signals import StopSignals
 from twins.weights import write_export
 
@@ -40,7 +40,7 @@ class Run:
     held = contextlib.ExitStack()  # what the process's last run holds: bar, handlers of signals, lock
 
     def __init__(self, script, config, steps, state, backbone, device):
-        check_state(state)
+        checkpoints.check_state(state)
         self.script = Path(script)
         self.source = self.script.read_text(encoding="utf-8-sig")  # it may be edited while it runs
         self.config = config
@@ -56,8 +56,7 @@ class Run:
         self.start = 0
         self.seconds = 0.0  # of training, without evaluations
         self.lr = 0.0  # of this step
-        self.rows = []
-        self.log_is_whole = False  # log.jsonl holds all rows
+        self.history = Log(self.dir / "log.jsonl")
         self.said = set()  # warnings that are given once
         self.unsaved = ""  # why the last save failed
         self.previous = "ckpt-previous.pt"
@@ -169,27 +168,18 @@ class Run:
 
     def log(self, step, row):
         """Adds a row of any scalars to log.jsonl, the logger and the bar; an evaluation gets `knn_init`."""
-        row = {"step": step, **to_numbers(row)}
-        row = {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
-        if "knn" in row:
-            row["knn_init"] = next((r["knn_init"] for r in self.rows if "knn_init" in r), row["knn"])
-        self.rows.append(row)
+        row = self.history.add({"step": step, **to_numbers(row)})
         if rank():
             return
         with self.attempt("log.jsonl"):
             self.claim(refuse_run)
-            whole = self.log_is_whole and (self.dir / "log.jsonl").exists()
-            self.log_is_whole = False
-            if whole:
-                with open(self.dir / "log.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-            else:  # the first row of this process, or after a full disk, or the log was deleted
-                self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-            self.log_is_whole = True
+            self.history.save()
         with self.attempt("the logger"):
             self.logger(row)
         with self.attempt("the warning of a collapse"):  # rows of a resumed run may be anything
-            if "collapse" not in self.said and (warning := collapse(self.rows, self.steps, self.config)):
+            if "collapse" not in self.said and (
+                warning := collapse(self.history.rows, self.steps, self.config)
+            ):
                 self.said.add("collapse")
                 self.bar.write(f"warning at step {step}: {warning}")
         self.shown.update({n: f"{row[n]:.3g}" for n in ("loss", "images_per_s", "knn") if n in row})
@@ -216,21 +206,16 @@ class Run:
 
     def save(self, step):
         """ckpt.pt, export/, curves.png. A full disk only gives a warning. Raises UserError for a NaN."""
-        state = {}
-        for name, value in self.state.items():
-            state[name] = value.state_dict() if hasattr(value, "state_dict") else value
-            tensors = [x for x in tree_leaves(state[name]) if isinstance(x, torch.Tensor)]
-            if not all(x.isfinite().all() for x in tensors):
-                self.diverge(f"the {name} is not finite", step)
+        state = checkpoints.state_dicts(self.state)
+        if bad := checkpoints.not_finite(state):
+            self.diverge(f"the {bad} is not finite", step)
         if rank():
             return
-        kind = type(self.backbone)
-        backbone = {"name": self.backbone_name, "module": kind.__module__, "class": kind.__name__}
-        backbone["args"] = getattr(self.backbone, "args", None)
-        saved = {"step": step, "seconds": self.seconds, "config": self.config}
-        saved.update(first_row=self.rows[:1], n_rows=len(self.rows))
+        saved = {"script": self.script.stem, "step": step, "seconds": self.seconds, "config": self.config}
+        saved.update(first_row=self.history.rows[:1], n_rows=len(self.history.rows))
+        saved.update(backbone=checkpoints.describe_backbone(self.backbone, self.backbone_name), **state)
         buffer = io.BytesIO()
-        torch.save({"script": self.script.stem, **saved, "backbone": backbone, **state}, buffer)
+        torch.save(saved, buffer)
         try:
             self.write("ckpt.pt", buffer.getvalue(), self.previous)
             self.previous = "ckpt-previous.pt"
@@ -244,36 +229,17 @@ class Run:
             self.bar.write(f"warning at step {step}: {error}")
         if not self.unsaved:
             with self.attempt("curves.png"):
-                self.write("curves.png", curves_picture(self.rows))
+                self.write("curves.png", curves_picture(self.history.rows))
         self.clock = time.monotonic()
 
     def restore(self):
         """Loads the checkpoint into `state`, strictly, and drops the log's later rows."""
-        saved, path, problem = load_checkpoint(self.dir, self.device)
-        try:
-            for name, value in self.state.items():
-                if isinstance(value, torch.Tensor):
-                    value.copy_(saved[name].view_as(value))
-                elif not isinstance(value, str):
-                    value.load_state_dict(saved[name])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            changed = {k for k, v in saved["config"].items() if self.config.get(k) != v}
-            changed = sorted(changed - {"resume", "out_dir"})
-            other = f": its run had other values of {', '.join(changed)}" if changed else ""
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{path} does not fit{other} ({reason})") from None
+        saved, path, problem = checkpoints.load_checkpoint(self.dir, self.device)
+        checkpoints.restore_state(self.state, saved, path, self.config)
         self.start, self.seconds = saved["step"], saved["seconds"]
         if self.start > self.steps:
             raise UserError(f"{path} is at step {self.start}, beyond the new end, step {self.steps}")
-        rows = {row["step"]: row for row in read_log(self.dir / "log.jsonl")}
-        self.rows = [row for step, row in rows.items() if step <= self.start]
-        first = saved.get("first_row") or self.rows[:1]
-        if self.rows[:1] != first or len(self.rows) < saved.get("n_rows", 0):
-            print(f"warning: {self.dir}/log.jsonl has lost rows; the first is taken from {path}")
-            self.rows = first + [row for row in self.rows if row["step"] > first[0]["step"]]
-        for name, value in self.state.items():
-            if isinstance(value, str) and saved.get(name) != value:
-                print(f"warning: the {name} changed since this run began: held-out images may be trained on")
+        self.history.rows = rows_until(saved, path, read_log(self.history.path))
         if problem:
             self.previous = ""  # keep the sound one
             print(f"warning: {problem}; using the checkpoint before it")
@@ -285,14 +251,12 @@ class Run:
         if self.unsaved:
             raise UserError(f"the run ended at step {self.done} but its last save failed: {self.unsaved}")
         if self.signals.stop and self.done < self.steps:
-            torchrun = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}"
             words = shlex.join([sys.argv[0], f"--out_dir={self.dir}", "--resume=True"])
-            command = f"{'python' if world() == 1 else torchrun} {words}"
-            print(f"stopped at step {self.done} and saved; continue with: {command}")
+            print(f"stopped at step {self.done} and saved; continue with: {launcher()} {words}")
             sys.exit(128 + self.signals.stop)
         print(f"\n| {self.script.stem} on {self.config['dataset']} | |\n|---|---|")
         result = {"minutes of training": self.seconds / 60, "seed": self.config["seed"]}
-        for name, value in {**dict(*self.rows[-1:]), **result}.items():
+        for name, value in {**dict(*self.history.rows[-1:]), **result}.items():
             print(f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} |")
         print(f"| device | {self.device_name} |\n")
         print(f"in {self.dir}: log.jsonl curves.png crops.png ckpt.pt export/")

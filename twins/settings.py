@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from twins.errors import UserError
-from twins.keys import read_options
+from twins.options import read_options
 
 MECHANISMS = {  # {name: ({option: value without it}, {option: value with it})}, see toggle()
     "centering": ({"centering": False}, {"centering": True}),

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from twins.errors import UserError
-from twins.files import read_json, read_json_lines, read_log, write_file
+from twins.files import read_json, read_json_lines, write_file
+from twins.log import read_log
 from twins.monitor import COLLAPSED_RANK, NO_INFORMATION
 from twins.pictures import NAMES, printed
 from twins.settings import MECHANISMS
@@ -42,6 +43,12 @@ def is_sound(row):
         and all(0 <= accuracy <= 1 for accuracy in accuracies)
         and min(costs) >= 0
     )
+
+
+def folders_of(results, study, dataset):
+    """The folders of a study on a data set that hold rows: STUDY-DATASET, then STUDY-DATASET-*."""
+    folders = [results / f"{study}-{dataset}", *sorted(results.glob(f"{study}-{dataset}-*"))]
+    return [folder for folder in folders if (folder / "rows.jsonl").exists()]
 
 
 def write_rows(folder, rows):
