@@ -16,9 +16,8 @@ round tries changes to the best setting, one at a time:
     python ablate.py --study=models --search_dir=THIRD
 
 Settings are selected by k-NN accuracy on held-out training images, among runs that did not collapse: RankMe
-below a quarter of the untrained network's, k-NN accuracy below it, or a loss that is not finite. Finished
-runs are skipped, stopped ones resumed; Ctrl-C saves all. A failed run does not stop the others and is listed
-at the end. Each trial or seed runs for all methods before the next one starts.
+below a quarter of the untrained network's, k-NN accuracy below it, or a loss that is not finite. Each trial
+or seed runs for all methods before the next. Finished runs are skipped; Ctrl-C saves all, to be resumed.
 """
 
 import hashlib
@@ -37,7 +36,7 @@ from twins.files import only_writer, read_json, write_file
 from twins.jobs import SLOTS, check_exit, last_line, run_jobs, start
 from twins.keys import parse
 from twins.reports import write_report
-from twins.settings import MECHANISMS, draw_setting, read_script, removals, with_changes
+from twins.settings import MECHANISMS, draw_setting, read_script, refuse_options, removals, with_changes
 from twins.studies import best_setting, finalists, read_rows, run_results, steps_of, unfinished, write_rows
 
 study = "search"  # which question [search|models|removal]
@@ -93,7 +92,6 @@ BY_HAND = {  # one setting per method, from before the search, that takes part i
 }
 PFLOP = {"search": 0.016, "models": 0.2, "removal": 0.06}
 EVALUATIONS = {"search": 1, "models": 8, "removal": 2}  # per run, besides that of the untrained network
-MONITOR = {"knn_bank": 5000, "knn_queries": 5000}
 LATER_ROUND_SEED, FRESH_SEED = 500, 1000  # of later search rounds; the first of models and removal
 
 
@@ -117,7 +115,7 @@ def make_cells():
         folder, numbers = search_dir, [LATER_ROUND_SEED] if search_dir else range(trials)
     else:
         folder, numbers = search_dir or f"results/search-{dataset}", range(FRESH_SEED, FRESH_SEED + seeds)
-    searched = read_rows(folder) if folder else []
+    searched = read_rows(folder, "search") if folder else []
     if folder and not searched:
         if search_dir:
             raise UserError(f"--search_dir={search_dir} holds no rows of a search")
@@ -144,7 +142,7 @@ def run_folder(cell):
 def words_of(cell, **more):
     """The options of a cell's run as command-line arguments."""
     options = {"dataset": dataset, "data_dir": data_dir, "preset": preset, "seed": cell["seed"]}
-    options.update({"device": device, **MONITOR, **cell["setting"], **more})
+    options.update({"device": device, "knn_bank": 5000, "knn_queries": 5000, **cell["setting"], **more})
     return [f"--{name}={value}" for name, value in options.items()]
 
 
@@ -220,6 +218,7 @@ def compare_attention():
 if __name__ == "__main__":
     _, _, given = parse(globals())
     globals().update(given)
+    refuse_options(study, given)
     out_dir = Path(out_dir or f"results/{study}-{dataset}")
     runs_dir = Path(runs_dir or f"out/{out_dir.name}")
     preset = "" if dataset == "shapes" else preset

@@ -18,7 +18,6 @@ images, on maps averaged over heads; a permutation test over runs compares group
 Letters in shapes:  n images  h heads  y x patch grid  r runs  s image side
 """
 
-import json
 import os
 import re
 import sys
@@ -31,7 +30,14 @@ from tqdm import tqdm
 
 from data import load
 from twins.attention import attend, attention_figures, divergences, keep_mass, near_uniform
-from twins.backbones import configure_evaluation, load_backbone, output_folder, random_like, trained_on
+from twins.backbones import (
+    configure_evaluation,
+    load_backbone,
+    output_folder,
+    random_like,
+    trained_on,
+    write_results,
+)
 from twins.datasets import Split
 from twins.decoding import decode
 from twins.errors import UserError
@@ -238,7 +244,7 @@ if __name__ == "__main__":
         print("\n".join(pairwise))
 
     # written last, so a full disk cannot lose the table
-    write_file(folder / "attention.json", json.dumps(result, indent=1))
+    write_results(folder / "attention.json", result)
     write_file(folder / "attention.png", attention_picture(data.images[:rows], panels, data.masks))
     write_file(folder / "divergence.png", divergence_picture(d.mean(0), names, group_of_run, seed_of_run))
     print(f"\nwrote {folder}/attention.png divergence.png attention.json")

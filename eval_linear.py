@@ -14,17 +14,16 @@ are computed once. `--finetune=True` adds `finetune`, which also trains the back
 Letters in shapes:  b n images  s image side  d width of a feature
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
 
 from data import Crop, draw, resized_crop
-from twins.backbones import configure_evaluation, load_backbone, output_folder, trained_on
+from twins.backbones import configure_evaluation, load_backbone, output_folder, trained_on, write_results
 from twins.datasets import from_bytes, load, normalise
 from twins.errors import UserError
-from twins.files import git_state, sha256, write_file
+from twins.files import git_state, sha256
 from twins.finetune import Settings, fine_tune
 from twins.probes import balanced, evaluate_probes
 from twins.processes import map_shards, rank, setup, to_float32
@@ -142,5 +141,5 @@ if __name__ == "__main__":
         print("\nwarning: there is a single class, so every prediction is correct")
     elif len(test_labels) < 100:
         print(f"\nwarning: {len(test_labels)} test images are too few to compare networks: see the intervals")
-    write_file(file, json.dumps(report, indent=1))  # written last, so a full disk cannot lose the table
+    write_results(file, report)  # written last, so a full disk cannot lose the table
     print(f"\nwrote {file}")

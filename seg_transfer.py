@@ -17,7 +17,6 @@ evaluated once on the test set. `--finetune=True` also trains the backbone.
 Letters in shapes:  b n images  s image side  y x patch grid  d width  c classes
 """
 
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -31,7 +30,14 @@ from tqdm import tqdm
 
 from data import batch_indices
 from twins.attention import attend, figures_on_masks
-from twins.backbones import configure_evaluation, load_backbone, output_folder, random_like, trained_on
+from twins.backbones import (
+    configure_evaluation,
+    load_backbone,
+    output_folder,
+    random_like,
+    trained_on,
+    write_results,
+)
 from twins.datasets import from_bytes
 from twins.errors import UserError
 from twins.evaluation_pictures import segmentation_picture
@@ -202,6 +208,6 @@ if __name__ == "__main__":
         title = printed(about.get("script", name)) if name == "this checkpoint" else name
         columns[title] = predictions[name][rows]
     picture = segmentation_picture(test_set.images[rows], columns, maps[rows].mean(1), train_set.classes)
-    write_file(folder / "seg_transfer.json", json.dumps(report, indent=1))  # last: the disk may be full
+    write_results(folder / "seg_transfer.json", report)  # last: the disk may be full
     write_file(folder / "segmentation.png", picture)
     print(f"\nwrote {folder}/segmentation.png seg_transfer.json")

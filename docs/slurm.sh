@@ -5,6 +5,8 @@
 set -e
 folder=${2#--out_dir=}
 [ "$folder" != "$2" ] || { echo "usage: slurm.sh SCRIPT --out_dir=FOLDER ..." >&2; exit 2; }
-[ -e "$folder/ckpt.pt" ] && set -- "$@" --resume=True
+for saved in ckpt.pt ckpt-previous.pt; do
+    [ -e "${folder/#\~/$HOME}/$saved" ] && set -- "$@" --resume=True && break
+done
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_PER_NODE:-8}" --rdzv_backend=c10d \
     --rdzv_endpoint="$(scontrol show hostnames | head -1):${PORT:-29500}" "$@"

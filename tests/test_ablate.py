@@ -23,7 +23,7 @@ from twins.jobs import run_jobs
 from twins.pages import BLOCK, fill
 from twins.reports import read_attention, report_study, write_report
 from twins.sentences import compare_models, compare_trials, summarise_removals
-from twins.settings import draw_setting, read_script, removals, toggle
+from twins.settings import draw_setting, read_script, refuse_options, removals, toggle
 from twins.stats import sign_flip_p, t_interval
 from twins.studies import (
     best_setting,
@@ -174,6 +174,43 @@ def test_a_misspelt_search_is_refused(monkeypatch):
     monkeypatch.setattr(ablate, "search_dir", "/nonexistent")
     with pytest.raises(UserError, match="--search_dir=/nonexistent holds no rows of a search"):
         ablate.make_cells()
+
+
+def test_settings_are_taken_from_a_search_alone(tmp_path, monkeypatch):
+    write_rows(tmp_path, [row("dino", "EMA off", 0, 0.9), row("dino", "full", 0, 0.3)])
+    monkeypatch.setattr(ablate, "search_dir", str(tmp_path))
+    for study in ("search", "models", "removal"):
+        monkeypatch.setattr(ablate, "study", study)
+        with pytest.raises(UserError, match="holds dino EMA off: not a search study's row"):
+            ablate.make_cells()
+
+
+@pytest.mark.parametrize("name", ["README.md", "cost.png", "attention.json"])
+def test_files_that_are_not_a_studys_are_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is not a study's, and would be overwritten: give another"):
+        unfinished([], "models", tmp_path, ablate.name_of)
+    write_rows(tmp_path, [row("dino", "full", 0, 0.3)])
+    assert unfinished([], "models", tmp_path, ablate.name_of) == []
+
+
+@pytest.mark.parametrize(
+    "study, given, said",
+    [
+        ("models", {"trials": 2}, "--trials is for --study=search, not for models"),
+        (
+            "removal",
+            {"changes": "n_local=0", "search_dir": "a"},
+            "--changes is for --study=search, not for rem",
+        ),
+        ("search", {"seeds": 2}, "--seeds is for --study=models or removal, not for search"),
+        ("search", {"changes": "n_local=0"}, "--changes needs --search_dir"),
+    ],
+)
+def test_an_option_that_a_study_does_not_use_is_refused(study, given, said):
+    with pytest.raises(UserError, match=said):
+        refuse_options(study, given)
+    refuse_options("search", {"changes": "n_local=0", "search_dir": "a", "trials": 2})
 
 
 def test_rows_of_another_study_are_one_sentence(tmp_path):

@@ -578,6 +578,19 @@ def test_deeply_nested_json_is_one_sentence(folder):
         read_log(folder / "log.jsonl")
 
 
+def test_a_pipe_in_place_of_a_file_is_one_sentence(small, tmp_path):
+    r = small()
+    steps(r, 0)
+    log = tmp_path / "run" / "log.jsonl"
+    log.unlink()
+    os.mkfifo(log)
+    for read in (read_log, files.read_json):
+        with pytest.raises(UserError, match=r"cannot be read .it is not a file"):
+            read(log)
+    steps(r, 1)  # replaces it
+    assert [row["step"] for row in read_log(log)] == [1, 2]
+
+
 @pytest.mark.parametrize(
     "line", ["7", "[1]", "null", '{"loss": 1}', '{"step": "7"}', '{"step": [1]}', '{"step": tr']
 )

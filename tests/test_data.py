@@ -322,6 +322,18 @@ def test_a_damaged_beginning_of_a_cache_is_made_anew(tmp_path, rubbish):
     assert torch.equal(load("folder", root, 8).images, expected) and not part.exists()
 
 
+@pytest.mark.parametrize("flag", [0, 2, 3, 254])
+def test_a_changed_flag_of_a_cache_loses_no_image(tmp_path, flag, capsys):
+    root = many(tmp_path, 5)
+    expected = load("folder", root, 8).images.clone()
+    (file,) = (root / ".cache").glob("*.flags")
+    flags = bytearray(file.read_bytes())
+    flags[3] = flag
+    file.write_bytes(flags)
+    assert torch.equal(load("folder", root, 8).images, expected)
+    assert "is damaged: decoding again" in capsys.readouterr().out
+
+
 def test_two_runs_make_one_cache(tmp_path):
     root = many(tmp_path, 600)
     images = f"data.load('folder', {str(root)!r}, 16).images"

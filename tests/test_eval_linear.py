@@ -184,6 +184,10 @@ def test_a_run_and_its_export_give_one_result(command, run_folder, monkeypatch):
     _, export = report_of(command, "~/a/export", run_folder / "export/eval_linear.json")
     student_file = run_folder.parent / "b/eval_linear.json"
     student_said, student = report_of(command, "~/a", student_file, weights="student", out_dir="~/b")
+    again_said, again = report_of(command, "~/a", student_file, out_dir="~/b")
+    before = student_file.with_name("eval_linear-previous.json")
+    assert f"earlier results: {before}" in again_said and "earlier" not in student_said
+    assert json.loads(before.read_text()) == student != again
     assert run["results"] == export["results"] != student["results"]
     assert list(run["results"]) == ["linear", "linear4", "linear_avg", "knn"]
     assert all(f"| {name} |" in said for name in run["results"])

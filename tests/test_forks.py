@@ -168,8 +168,16 @@ def test_a_vit_of_another_file_is_never_taken_for_ours(train, tmp_path, monkeypa
     (tmp_path / "mylib" / "__init__.py").touch()
     saved["backbone"]["module"] = "mylib.vit2"
     assert weights.backbone_of(saved, "ckpt.pt", "", ViT)[1].__name__ == "Other"
+    saved["backbone"]["args"]["heads"] = 2.0
+    with pytest.raises(UserError, match="give it `args` with image_size"):
+        weights.backbone_of(saved, "ckpt.pt", "", ViT)
+    saved["backbone"]["args"].update(heads=2)
     saved["backbone"]["args"].pop("image_size")
     with pytest.raises(UserError, match="give it `args` with image_size"):
+        weights.backbone_of(saved, "ckpt.pt", "", ViT)
+    network = saved["backbone"]["name"].split(".")[0]
+    saved[network] = dict.fromkeys(saved[network], 5)
+    with pytest.raises(UserError, match=f"{network} is not a state dict"):
         weights.backbone_of(saved, "ckpt.pt", "", ViT)
 
 

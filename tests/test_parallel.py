@@ -257,6 +257,11 @@ def test_the_slurm_job_resumes_when_it_is_queued_again(tmp_path):
     stand_in("torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"')
     assert "ckpt.pt at step 1" in job(2)
     assert read_checkpoint(out / "ckpt.pt")["step"] == 2
+    stand_in("torchrun", 'echo "$@"')
+    (out / "ckpt.pt").rename(out / "ckpt-previous.pt")  # killed between the two renames of a save
+    assert "--resume=True" in job(2)
+    environment["HOME"], out = str(tmp_path), "~/a run"
+    assert "--resume=True" in job(2)
 
 
 @pytest.mark.parametrize("fails", [False, True])

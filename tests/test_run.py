@@ -339,7 +339,10 @@ def test_a_folder_that_another_run_or_program_filled_meanwhile_is_refused(start_
     (out / "log.jsonl").write_text("mine")
     with pytest.raises(UserError, match=r"log.jsonl is not a run's"):
         start_run({"student": layer}, layer, out_dir=str(out))
-    (out / "config.json").write_text('{"script": "dino"}')  # of a run that failed at its start
+    (out / "config.json").write_text('{"script": "dino", "step": 3, "sha256": "0"}')  # of an export
+    with pytest.raises(UserError, match=r"config.json is not a run's"):
+        start_run({"student": layer}, layer, out_dir=str(out))
+    (out / "config.json").write_text('{"script": "dino", "versions": {}}')  # of a run that failed at once
     start_run({"student": layer}, layer, out_dir=str(out))
     (out / "ckpt.pt").write_bytes(b"")
     with pytest.raises(UserError, match="already holds a run"):

@@ -175,6 +175,21 @@ def test_masks_mean_what_each_data_set_says(layout, object_, classes, photograph
     assert load_masks("voc2012", root, 40).classes[15] == "person" if layout == "voc2012" else True
 
 
+def test_black_and_white_masks_among_class_numbers_are_reported(photographs, capsys):
+    root = photographs("folder", n=4)
+    load_masks("folder", root, 40)
+    assert "warning" not in capsys.readouterr().out
+    white = np.zeros((40, 60))
+    white[10:30, 20:40] = 255
+    save(root / "train" / "masks" / "2.png", white)
+    (root / "train" / "masks" / "3.png").unlink()
+    save(root / "train" / "masks" / "3.jpg", white)
+    data = load_masks("folder", root, 40)
+    said = capsys.readouterr().out
+    assert "warning: 2 masks of" in said and "2.png; others have class numbers, so 255 is ignored" in said
+    assert (data.masks == 1).any((1, 2)).tolist() == [True, True, False, False]
+
+
 def test_masks_that_cannot_be_are_named(photographs):
     root = photographs("folder")
     with pytest.raises(UserError, match="imagenet9 has no masks: choose one of shapes"):

@@ -28,7 +28,7 @@ def load_pickle(path, device="cpu"):
             saved = torch.load(path, map_location=device, weights_only=True)
         broken = zipfile.is_zipfile(path) and damaged_entry(zipfile.ZipFile(path))
     except Exception as error:  # torch and zipfile raise many types
-        code = re.search(r"GLOBAL (\S+) was not", str(error))
+        code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             raise UserError(f"{path} is not loaded: it needs {code[1]}, and files may not run code") from None
         reason = "torch.save did not write it" if "Weights only" in str(error) else first_line(error)[:80]

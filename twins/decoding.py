@@ -24,7 +24,7 @@ import numpy as np
 DECODED, BROKEN = 1, 2
 CHECKED = 2**31  # bytes; a larger array has no checksum, which would take over a second at each start
 BICUBIC, LANCZOS = 3, 1  # Pillow's codes; Lanczos is sharper, for views, which are resized twice
-VERSION = "2"  # of decode(): arrays of another version are remade
+VERSION = "3"  # of decode(): arrays of another version are remade
 BLOCK = 256  # images written and flagged together
 
 
@@ -128,15 +128,16 @@ def decode_all(paths, size, file, progress, resample=BICUBIC):
         done = np.fromfile(flags, np.uint8)
         progress(int((done > 0).sum()))
         close_holes(part, done)
-        flags.write_bytes(done.tobytes() + checksum(np.load(part, mmap_mode="r")))
+        flags.write_bytes(done.tobytes() + checksum(np.load(part, mmap_mode="r"), done.tobytes()))
         os.replace(part, file)
         names.unlink()
     return done
 
 
-def checksum(images):
-    """Four bytes, 0 for a large array."""
-    return (zlib.crc32(images) if images.nbytes <= CHECKED else 0).to_bytes(4, "little")
+def checksum(images, flags):
+    """Four bytes: of the flags and, unless the array is large, of the images."""
+    crc = zlib.crc32(flags)
+    return (zlib.crc32(images, crc) if images.nbytes <= CHECKED else crc).to_bytes(4, "little")
 
 
 def can_continue(part, flags, shape):
@@ -150,7 +151,7 @@ def can_continue(part, flags, shape):
 def is_whole(file, flags, n):
     try:
         marks, images = flags.read_bytes(), np.load(file, mmap_mode="r")
-        return len(images) == n and marks[n:] == checksum(images)
+        return len(images) == n and marks[n:] == checksum(images, marks[:n])
     except (OSError, ValueError, EOFError):  # missing or cut off
         return False
 
@@ -197,7 +198,8 @@ def work(paths, array, offset, size, resample, worker, workers):
     parent = os.getppid()
     with open(array, "r+b") as images, open(flags, "r+b") as marks:
         for start in range(worker * BLOCK, len(paths), workers * BLOCK):
-            todo = [i for i in range(start, min(start + BLOCK, len(paths))) if not done[i]]
+            block = range(start, min(start + BLOCK, len(paths)))
+            todo = [i for i in block if done[i] not in (DECODED, BROKEN)]
             for i in todo:
                 try:
                     pixels, done[i] = decode(os.fsdecode(paths[i]), size, resample), DECODED

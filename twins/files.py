@@ -75,10 +75,18 @@ def only_writer(folder, hint="give another --out_dir"):
         yield claim
 
 
+def read_text(path, errors="strict"):
+    """A file's text in UTF-8. Raises OSError for what is not a file: opening a FIFO would block."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is not a file")
+    return path.read_text(encoding="utf-8", errors=errors)
+
+
 def read_json(path):
     """A JSON file that holds an object, as a dict. Raises UserError for anything else."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
         if isinstance(content, dict):
             return content
         problem = "it holds no JSON object"
@@ -91,7 +99,7 @@ def read_json_lines(path, is_sound, cut_off=False):
     """A file's rows of JSON, [] without it. UserError unless is_sound(row); `cut_off`: except the last."""
     rows = []
     try:
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        lines = read_text(path, errors="replace").splitlines() if path.exists() else []
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     for i, line in enumerate(lines, 1):

@@ -113,7 +113,7 @@ def refuse_run(out_dir):
         if os.path.exists(out_dir / name):
             raise UserError(f"{out_dir} holds a run's {name}, but no ckpt.pt to continue: {hint}")
     file = out_dir / "config.json"
-    failed_early = file.exists() and "script" in read_json(file)  # a run, before it saved
+    failed_early = file.exists() and "versions" in read_json(file)  # a run, before it saved
     for name in ("config.json", "script.py", "log.jsonl", "crops.png"):
         if not failed_early and os.path.exists(out_dir / name):
             raise UserError(f"{out_dir / name} is not a run's, and would be overwritten: {hint}")

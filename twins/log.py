@@ -24,7 +24,7 @@ class Log:
 
     def save(self):
         """Writes the last row; the first time, after a full disk and if the file was deleted, all rows."""
-        appends = self.is_whole and self.path.exists()
+        appends = self.is_whole and self.path.is_file()
         self.is_whole = False
         if appends:
             with open(self.path, "a") as file:

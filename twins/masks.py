@@ -46,9 +46,10 @@ def load_masks(dataset, data_dir, image_size, split="train", skip_bad_images=Fal
     pixels, images = cached(root, images, image_size, f"{dataset}-{split}", skip_bad_images)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         read = functools.partial(decode_mask, size=image_size, ids=ids)
-        masks = list(pool.map(read, [mask_of[image] for image in images], images))
+        paths = [mask_of[image] for image in images]
+        masks = list(pool.map(read, paths, images))
     if dataset == "folder":
-        masks = without_soft_edges(masks, root)
+        masks = without_soft_edges(masks, paths, root)
     masks = torch.from_numpy(np.stack(masks))
     if masks.max() <= 0:
         raise UserError(f"the masks of {root} hold no object, only background and ignored pixels")
@@ -88,7 +89,7 @@ def one_channel(pixels):
     return pixels[..., 0] if same else pixels
 
 
-def without_soft_edges(masks, root):
+def without_soft_edges(masks, paths, root):
     """Masks of a folder, int16 arrays: 255 becomes -1, or 1 where all masks are 0, 255 and soft edges.
 
     Edges are soft if values of 128 to 254 occur, and 255 is more frequent than 1 to 254 together (than a
@@ -101,6 +102,10 @@ def without_soft_edges(masks, root):
     if soft or (count[0] and count[255] and not between.any()):
         print(f"the masks of {root} are 0 and 255: 128 and above is the object, class 1", flush=True)
         return [(mask >= 128).astype(np.int16) for mask in masks]
+    empty = [i for i, mask in enumerate(masks) if mask.max() == 255 and np.isin(mask, (0, 255)).all()]
+    if empty:
+        which = f"{len(empty)} masks of {root} hold only 0 and 255, such as {paths[empty[0]]}"
+        print(f"warning: {which}; others have class numbers, so 255 is ignored", flush=True)
     return [ignoring(255)(mask).astype(np.int16) for mask in masks]
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from twins.errors import UserError
 from twins.options import read_options
 
+ONLY_OF = {"trials": ["search"], "changes": ["search"], "space_seed": ["search"], "masks_dir": ["models"]}
+ONLY_OF.update(seeds=["models", "removal"], mechanisms=["removal"])
 MECHANISMS = {  # {name: ({option: value without it}, {option: value with it})}, see toggle()
     "centering": ({"centering": False}, {"centering": True}),
     "sharpening": ({"tau_t": lambda now: now["tau_s"]}, {"tau_t": 0.04}),
@@ -60,6 +62,15 @@ def draw_setting(space, seed, trial, options):
         if option in options:
             setting[option] = value
     return setting
+
+
+def refuse_options(study, given):
+    """Raises UserError for an option that this study does not use."""
+    for name, studies in ONLY_OF.items():
+        if name in given and study not in studies:
+            raise UserError(f"--{name} is for --study={' or '.join(studies)}, not for {study}")
+    if given.get("changes") and not given.get("search_dir"):
+        raise UserError("--changes needs --search_dir, whose best settings it changes")
 
 
 def with_changes(best, changes, options):

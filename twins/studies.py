@@ -16,11 +16,12 @@ KINDS.update(git_commit=str, git_edited=bool, device=str, steps=int, views=int, 
 KINDS.update(knn=float, knn_init=float, rank=float, rank_init=float, collapsed=bool, pflop=float)
 REMOVALS = [f"{name} {state}" for name in (*MECHANISMS, "all") for state in ("off", "on")]
 INFORMATION = "teacher_information"  # in rows of methods with a teacher; older rows lack it
+FIGURES = ("expected-best.png", "cost.png", "differences.png", "removal.png", "divergence.png")
 LABELS = {"search": ["trial", "by hand"], "models": ["full"], "removal": ["full", *REMOVALS]}
 
 
-def read_rows(folder):
-    """The rows of a study's finished runs, a list of dicts; [] if there are none yet. Raises UserError."""
+def read_rows(folder, study=""):
+    """The rows of a folder's finished runs, [] if there are none yet. UserError for another study's."""
     file = Path(folder) / "rows.jsonl"
     rows = read_json_lines(file, is_sound)
     seen = set()
@@ -28,6 +29,8 @@ def read_rows(folder):
         if (cell := (row["script"], row["label"], row["seed"])) in seen:
             raise UserError(f"{file} repeats the run {' '.join(map(str, cell))}: remove one")
         seen.add(cell)
+    if study:
+        check_rows(rows, study, folder)
     return rows
 
 
@@ -69,8 +72,19 @@ def check_rows(rows, study, folder):
         raise UserError(f"{folder} holds runs of {several} PFLOP: give another --out_dir for each budget")
 
 
+def refuse_foreign(folder):
+    """Raises UserError for a folder without rows that holds files which a study would overwrite."""
+    if not (folder / "rows.jsonl").exists():
+        for name in (*FIGURES, "README.md", "attention.json"):
+            if (folder / name).exists():
+                raise UserError(
+                    f"{folder / name} is not a study's, and would be overwritten: give another --out_dir"
+                )
+
+
 def unfinished(cells, study, folder, name_of):
     """The cells without a row yet. Raises UserError if a row was made with other options than its cell's."""
+    refuse_foreign(Path(folder))
     rows = read_rows(folder)
     check_rows([*rows, *cells], study, folder)
     ids = {name_of(row): row["id"] for row in rows}

@@ -13,6 +13,8 @@ from twins.errors import ROOT, UserError
 from twins.files import sha256, write_file
 from twins.weight_files import read_weights
 
+SIZES = ("image_size", "patch_size", "dim", "depth", "heads", "registers")  # of a ViT; a fork may lack some
+
 
 def read_backbone(path, network, heads, vit):
     """A run, an export folder or a file -> (state dict, class, its arguments, metadata).
@@ -51,10 +53,11 @@ def backbone_of(saved, path, network, vit):
     networks = [name for name, value in saved.items() if isinstance(value, dict) and cls_token in value]
     if network not in networks:
         raise UserError(f"--weights={network}: {path} holds {' and '.join(networks)}")
-    if not all(isinstance(name, str) for name in saved[network]):
-        raise UserError(f"{path}: {network} is not a state dict, some of its keys are not names")
+    if not all(isinstance(name, str) and isinstance(x, torch.Tensor) for name, x in saved[network].items()):
+        raise UserError(f"{path}: {network} is not a state dict, which holds names and tensors")
     args = backbone.get("args")
-    if not isinstance(args, dict) or type(args.get("image_size")) is not int:
+    sizes = [args.get(name, 1) for name in SIZES] if isinstance(args, dict) and "image_size" in args else [""]
+    if not all(type(size) is int for size in sizes):
         problem = "does not say how to build its backbone"
         raise UserError(f"{path} {problem}: give it `args` with image_size and the rest, as vit.ViT has")
     prefix = f"{inner}." if inner else ""
