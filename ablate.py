@@ -53,7 +53,7 @@ changes = ""  # for a further round: changes to the best setting, such as wd=0.1
 search_dir = ""  # the search whose best settings are used; empty, in models and removal: results/search-...
 out_dir = ""  # rows, tables and figures; empty: results/<study>-<dataset>
 runs_dir = ""  # the runs and their checkpoints; empty: out/<name of out_dir>
-jobs = 0  # runs at once; 0: one per GPU, or one per CPU core [0..]
+jobs = 0  # runs at once; 0: one per GPU, or one per CPU core [0..1000]
 device = "auto"  # of the runs
 space_seed = 0  # seed of the search's random settings [0..]
 dry_run = False  # only print what would run, and for how long

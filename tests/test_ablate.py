@@ -22,7 +22,7 @@ from twins.files import read_json, write_file
 from twins.jobs import run_jobs
 from twins.pages import BLOCK, fill
 from twins.reports import read_attention, report_study, write_report
-from twins.sentences import compare_models, compare_trials, summarise_removals
+from twins.sentences import compare_models, compare_trials, decide, summarise_removals
 from twins.settings import draw_setting, read_script, refuse_options, removals, toggle
 from twins.stats import sign_flip_p, t_interval
 from twins.studies import (
@@ -322,7 +322,7 @@ def test_the_second_round_has_the_best_of_the_first_and_one_by_hand(tmp_path, mo
     }
     assert cells[0] in ablate.make_cells()  # its row can be taken over from the second round
     check_rows([row("barlow", label, 500, 0.3) for label in found], "search", tmp_path)
-    for changes in ("n_local", "head=two", "ema_end=1.0", " "):
+    for changes in ("n_local", "head=two", "ema_end=1.0", " ", "wd={{}}"):
         monkeypatch.setattr(ablate, "changes", changes)
         with pytest.raises(UserError, match=f"--changes={changes}: write options like"):
             ablate.make_cells()
@@ -410,6 +410,16 @@ def test_what_methods_can_do_without_is_said():
         "Hybrid A can do without sharpening, EMA and centering (not tried in DINO). Without sharpening its "
         "CE teaches nothing, only CC does. All at once: -9.9 points (-10.1 to -9.7)."
     )
+
+
+def test_a_study_of_one_seed_does_not_decide_if_another_has_more():
+    def study(seeds, change):
+        full = [row("hybrid_a", "full", seed, 0.4 + seed / 1000) for seed in seeds]
+        return full + [row("hybrid_a", "EMA off", seed, 0.4 + seed / 1000 + change) for seed in seeds]
+
+    decided = decide([study([1], -0.1), study([1, 2, 3], 0.0), study([1, 2, 3], -0.3)])
+    assert decided["EMA"][0] == "can go" and len(decided["EMA"][1]) == 3
+    assert decide([study([1], -0.1)])["EMA"][0] == "one seed"
 
 
 def test_what_a_hybrid_loses_is_compared_with_what_dino_loses():

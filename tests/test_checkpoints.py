@@ -136,6 +136,22 @@ def test_a_run_that_could_not_save_can_be_started_again(small, full_disk, tmp_pa
             small(resume=True)
 
 
+def test_a_parameter_of_the_state_resumes_and_a_changed_script_is_reported(start_run, tmp_path, capsys):
+    script = tmp_path / "mine.py"
+    for change in ("", "# edited"):
+        script.write_text(f"x = 1{change}\n")
+        network, temperature = torch.nn.Linear(3, 1), torch.nn.Parameter(torch.zeros(()))
+        state = {"network": network, "temperature": temperature}
+        state["optimizer"] = torch.optim.AdamW([*network.parameters(), temperature])
+        r = start_run(state, network, script=script, resume=bool(change))
+        if not change:
+            temperature.data.fill_(3.0)
+            steps(r, 0)
+    assert temperature.item() == 3.0 and temperature.requires_grad
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 1 and "mine.py changed since this run began" in said
+
+
 def test_a_run_beyond_its_new_end_is_not_resumed(small):
     r = small()
     steps(r, 0, 1, 2)

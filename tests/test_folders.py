@@ -18,7 +18,7 @@ from PIL import Image
 import attn_viz
 import data
 import twins.monitor as monitor
-from twins import cache, datasets, decoding, keys, masks
+from twins import cache, datasets, decoding, masks, options
 from twins.errors import UserError
 from twins.masks import has_masks, load_masks
 
@@ -546,14 +546,14 @@ def test_voc_is_found_wherever_data_dir_points(place, tmp_path):
 
 def test_a_tilde_is_the_home_folder_in_every_option_of_text(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    option = keys.Option("", "a path")
+    option = options.Option("", "a path")
     for text, path in {
         "~/a": "/home/me/a",
         "~": "/home/me",
         "~/a,b=~/c:~/d": "/home/me/a,b=/home/me/c:/home/me/d",
         "a~b/c~": "a~b/c~",
     }.items():
-        assert keys.convert("ckpt", option, text) == path
+        assert options.convert("ckpt", option, text) == path
 
 
 def test_one_image_file_for_attention(tmp_path):

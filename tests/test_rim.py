@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from conftest import ROOT, tiny
-from twins import errors, keys, monitor, output, pictures, processes
+from twins import errors, keys, monitor, options, output, pictures, processes
 from twins.errors import UserError
 from twins.log import read_log
 from twins.loggers import start_logger
@@ -389,7 +389,7 @@ def test_numbers_beyond_the_limits_are_refused(configure, word):
     ],
 )
 def test_brackets_that_are_no_limits_are_text(default, comment, low, high, choices):
-    option = keys.read_comment(default, comment)
+    option = options.read_comment(default, comment)
     assert (option.low, option.high, option.choices) == (low, high, choices)
     assert (option.meaning == comment) == (low == -math.inf and not choices)
 
@@ -404,14 +404,19 @@ def test_brackets_that_are_no_limits_are_text(default, comment, low, high, choic
     ],
 )
 def test_a_forks_own_constants_are_options(default, given, expected):
-    option = keys.Option(default, "")
+    option = options.Option(default, "")
     for value in (default, given, list(expected) if isinstance(expected, tuple) else expected):
-        converted = keys.convert("mine", option, value)
+        converted = options.convert("mine", option, value)
         assert converted == (default if value is default else expected)
         assert [*map(type, converted)] == [*map(type, default)] if isinstance(default, tuple) else True
     if isinstance(default, tuple):
         with pytest.raises(UserError, match=r"it must be . (values|numbers)"):
-            keys.convert("mine", option, "1")
+            options.convert("mine", option, "1")
+
+
+def test_a_nested_tuple_is_no_option(tmp_path):
+    (tmp_path / "mine.py").write_text("pairs = ((1, 2), (3, 4))\nscale = (1, 2)\n")
+    assert list(options.read_options(tmp_path / "mine.py")) == ["scale"]
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EISDIR])

@@ -18,6 +18,7 @@ import twins.finetune as finetuning
 from conftest import SCRIPTS
 from eval_linear import augment
 from test_eval_linear import photographs
+from twins import weights as weights_module
 from twins.backbones import load_backbone
 from twins.errors import UserError
 from twins.probes import fit, logits, whitening
@@ -340,6 +341,17 @@ def test_student_and_teacher_start_from_init(train, init_file, capsys, script):
     assert (
         f"teacher of {init_file}, {{'image_size': 16, 'patch_size': 4, 'dim': 16" in capsys.readouterr().out
     )
+
+
+def test_init_from_a_class_of_a_fork_is_reported(monkeypatch, capsys):
+    class Mean(ViT):
+        pass
+
+    args = dict(image_size=8, patch_size=4, dim=12, depth=1, heads=2)
+    found = ViT(**args).state_dict(), Mean, args, {"network": "teacher"}
+    monkeypatch.setattr(weights_module, "read_backbone", lambda *_: found)
+    weights_module.start_from({"init": "run", "image_size": 8, "__given__": {}}, {}, ViT)
+    assert "--init=run holds a Mean, read as ViT: features may differ" in capsys.readouterr().out
 
 
 def test_init_contradicts_no_given_option_and_is_not_read_again(train, init_file, tmp_path):

@@ -113,6 +113,7 @@ def describe_backbone(backbone, name):
     return {"name": name, "module": kind.__module__, "class": kind.__name__, "args": args}
 
 
+@torch.no_grad()
 def restore_state(state, saved, path, config):
     """Loads a checkpoint into a run's state, strictly. Raises UserError naming options that differ."""
     try:

@@ -40,7 +40,8 @@ def read_options(path):
             default = ast.literal_eval(node.value)
         except ValueError:  # it is computed
             continue
-        if type(default) in KINDS:
+        nested = type(default) is tuple and any(isinstance(value, tuple) for value in default)
+        if type(default) in KINDS and not nested:
             line = source.splitlines()[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
             options[name] = read_comment(default, line.partition("#")[2].strip())
     return options

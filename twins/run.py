@@ -32,9 +32,9 @@ class Run:
     """A run's folder (config.json, script.py, log.jsonl, ckpt.pt, curves.png, export/), progress bar and end.
 
     script: the path of the training script. state: a dict of any names, what a checkpoint holds: modules,
-    optimizers, tensors. backbone: the module in one of them that evaluations and export/ use. `start` is the
-    first step to do: 0, or where the resumed run stopped. A signal (Ctrl-C, SIGTERM, SIGHUP)
-    ends loop() after its step, which is saved.
+    optimizers, and tensors that the script changes in place. backbone: the module in one of them that
+    evaluations and export/ use. `start` is the first step to do: 0, or where the resumed run stopped. A
+    signal (Ctrl-C, SIGTERM, SIGHUP) ends loop() after its step, which is saved.
     """
 
     held = contextlib.ExitStack()  # what the process's last run holds: bar, handlers of signals, lock
@@ -240,6 +240,9 @@ class Run:
         if self.start > self.steps:
             raise UserError(f"{path} is at step {self.start}, beyond the new end, step {self.steps}")
         self.history.rows = rows_until(saved, path, read_log(self.history.path))
+        script = self.dir / "script.py"
+        if script.is_file() and script.read_text(encoding="utf-8", errors="replace") != self.source:
+            print(f"warning: {self.script.name} changed since this run began, see {script}")
         if problem:
             self.previous = ""  # keep the sound one
             print(f"warning: {problem}; using the checkpoint before it")

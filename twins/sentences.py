@@ -144,13 +144,14 @@ def verdicts(runs, differences):
 
 
 def decide(studies):
-    """{mechanism: (verdict, differences, runs without it)}; the first study that has a mechanism decides."""
+    """{mechanism: (verdict, differences, runs without it)}; the first study with several seeds decides."""
     decided = {}
     for rows in studies:
         runs, differences = pair_with_full(rows)
         for name, outcome in verdicts(runs, differences).items():
             label = f"{name} off"
-            decided.setdefault(name, (outcome, differences[label], runs[label]))
+            if name not in decided or decided[name][0] == "one seed":
+                decided[name] = outcome, differences[label], runs[label]
     return decided
 
 

@@ -80,7 +80,7 @@ def with_changes(best, changes, options):
         pairs = dict(word.partition("=")[::2] for word in words.split())
         try:
             changed = {name: literal_eval(text) for name, text in pairs.items()}
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             changed = {}
         if not changed or changed.keys() - options.keys():
             raise UserError(f"--changes={changes}: write options like n_local=0;n_local=0 ema_end=0.97")

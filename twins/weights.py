@@ -125,7 +125,9 @@ def start_from(script, config, vit):
     register tokens, which the scripts lack.
     """
     path, given = Path(script["init"]), script["__given__"]
-    state, _, args, metadata = read_backbone(path, "", given.get("heads", 0), vit)
+    state, kind, args, metadata = read_backbone(path, "", given.get("heads", 0), vit)
+    if kind is not vit:
+        print(f"warning: --init={path} holds a {kind.__name__}, read as {vit.__name__}: features may differ")
     if args.get("registers"):
         raise UserError(f"--init={path} has register tokens (reg_token): the training scripts have none")
     backbone = build(vit, state, args, path)
