@@ -297,7 +297,7 @@ def test_rows_lost_from_the_middle_of_a_log_are_noticed(small, tmp_path, capsys)
 
 def test_a_log_that_cannot_be_read_is_one_sentence(tmp_path):
     (tmp_path / "log.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"log.jsonl cannot be read \(Is a directory\)"):
+    with pytest.raises(UserError, match=r"log.jsonl cannot be read \(it is not a file\)"):
         read_log(tmp_path / "log.jsonl")
 
 
@@ -467,7 +467,11 @@ def test_a_flipped_bit_of_the_folders_cache_is_noticed(tmp_path, capfd):
 
 def test_a_large_cache_is_not_read_whole(monkeypatch):
     monkeypatch.setattr(decoding, "CHECKED", 10)
-    assert decoding.checksum(np.ones(10, np.uint8)) != decoding.checksum(np.ones(11, np.uint8)) == bytes(4)
+    small, large, other = np.ones(10, np.uint8), np.ones(11, np.uint8), np.zeros(11, np.uint8)
+    assert (
+        decoding.checksum(large, b"12") == decoding.checksum(other, b"12") != decoding.checksum(small, b"12")
+    )
+    assert decoding.checksum(large, b"12") != decoding.checksum(large, b"11")
 
 
 def test_other_data_are_said(small, capsys):

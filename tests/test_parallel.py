@@ -223,6 +223,7 @@ def test_the_evaluation_command_gives_one_answer(tmp_path):
             line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")
         ]  # as torch 2.10 says
         answers.append((said, json.loads((tmp_path / "attention.json").read_text())["runs"]))
+        (tmp_path / "attention.json").unlink()
     assert answers[0][0] == answers[1][0] and answers[0][1][0]["distance_pixels"] == pytest.approx(
         answers[1][1][0]["distance_pixels"]
     )
