@@ -30,19 +30,12 @@ from tqdm import tqdm
 
 from data import load
 from twins.attention import attend, attention_figures, divergences, keep_mass, near_uniform
-from twins.backbones import (
-    configure_evaluation,
-    load_backbone,
-    output_folder,
-    random_like,
-    trained_on,
-    write_results,
-)
+from twins.backbones import configure_evaluation, load_backbone, output_folder, random_like, trained_on
 from twins.datasets import Split
 from twins.decoding import decode
 from twins.errors import UserError
 from twins.evaluation_pictures import attention_picture, divergence_picture, pca_colours
-from twins.files import git_state, write_file
+from twins.files import git_state, write_file, write_results
 from twins.folders import image_files
 from twins.masks import has_masks, load_masks
 from twins.permutation import permutation_test, sentence

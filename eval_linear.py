@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from data import Crop, draw, resized_crop
-from twins.backbones import configure_evaluation, load_backbone, output_folder, trained_on, write_results
+from twins.backbones import configure_evaluation, load_backbone, output_folder, trained_on
 from twins.datasets import from_bytes, load, normalise
 from twins.errors import UserError
-from twins.files import git_state, sha256
+from twins.files import git_state, sha256, write_results
 from twins.finetune import Settings, fine_tune
 from twins.probes import balanced, evaluate_probes
 from twins.processes import map_shards, rank, setup, to_float32

@@ -30,18 +30,11 @@ from tqdm import tqdm
 
 from data import batch_indices
 from twins.attention import attend, figures_on_masks
-from twins.backbones import (
-    configure_evaluation,
-    load_backbone,
-    output_folder,
-    random_like,
-    trained_on,
-    write_results,
-)
+from twins.backbones import configure_evaluation, load_backbone, output_folder, random_like, trained_on
 from twins.datasets import from_bytes
 from twins.errors import UserError
 from twins.evaluation_pictures import segmentation_picture
-from twins.files import git_state, write_file
+from twins.files import git_state, write_file, write_results
 from twins.masks import load_masks
 from twins.pictures import printed
 from twins.processes import map_shards, rank, seed_step, setup, to_float32

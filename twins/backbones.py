@@ -1,11 +1,10 @@
 """What the evaluation scripts share: their options, and the backbone that --ckpt names."""
 
-import json
 import os
 from pathlib import Path
 
 from twins.errors import UserError
-from twins.files import make_folder, write_file
+from twins.files import make_folder
 from twins.keys import parse
 from twins.weights import build, read_backbone
 
@@ -75,11 +74,3 @@ def output_folder(config, ckpt, dataset):
     path = Path(ckpt)
     beside = f"out/random-{dataset}" if ckpt == "random" else path if path.is_dir() else path.parent
     return make_folder(config["out_dir"] or beside)
-
-
-def write_results(file, results):
-    """Writes a JSON file; the results that it replaces, if any, stay in <name>-previous.json."""
-    previous = file.with_name(f"{file.stem}-previous.json")
-    if file.exists():
-        print(f"\nearlier results: {previous}")
-    write_file(file, json.dumps(results, indent=1), previous)

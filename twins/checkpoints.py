@@ -98,7 +98,7 @@ def state_dicts(state):
     return {name: x.state_dict() if hasattr(x, "state_dict") else x for name, x in state.items()}
 
 
-def not_finite(dicts):
+def entry_not_finite(dicts):
     """The name of the first of state_dicts() that holds NaN or inf; '' if none does."""
     for name, content in dicts.items():
         tensors = [x for x in tree_leaves(content) if isinstance(x, torch.Tensor)]

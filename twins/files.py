@@ -33,6 +33,14 @@ def write_file(path, content, previous=None):
         raise UserError(f"{path} cannot be written ({error.strerror}); earlier files are unchanged") from None
 
 
+def write_results(file, results):
+    """Writes a JSON file; the results that it replaces, if any, stay in <name>-previous.json."""
+    previous = file.with_name(f"{file.stem}-previous.json")
+    if file.exists():
+        print(f"\nearlier results: {previous}")
+    write_file(file, json.dumps(results, indent=1), previous)
+
+
 def make_folder(path):
     """Makes a folder if it does not exist; returns its Path. Raises UserError if it cannot be written."""
     path = Path(path)

@@ -207,7 +207,7 @@ class Run:
     def save(self, step):
         """ckpt.pt, export/, curves.png. A full disk only gives a warning. Raises UserError for a NaN."""
         state = checkpoints.state_dicts(self.state)
-        if bad := checkpoints.not_finite(state):
+        if bad := checkpoints.entry_not_finite(state):
             self.diverge(f"the {bad} is not finite", step)
         if rank():
             return
